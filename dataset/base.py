@@ -1,0 +1,264 @@
+"""Rows of a task, tokenized once, and the loaders that make batches of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dataset.sources import Row, load_rows
+from dataset.tasks import Task
+from utils.embedded import resolve_model
+from utils.errors import UsageError
+from utils.logging import logger
+from utils.registry import lookup
+
+Example = dict[str, Any]
+
+
+def load_tokenizer(args) -> PreTrainedTokenizerBase:
+    """The tokenizer of --model (of --load-model-path, where --model has none).
+
+    Raises:
+        UsageError: there is none to be found.
+    """
+    path = resolve_model(args.load_model_path or args.model)
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, use_fast=not args.use_slow_tokenizer, trust_remote_code=args.trust_remote_code
+        )
+    except Exception as error:
+        # transformers raises OSError, ValueError, KeyError and others for what is the same to users.
+        raise UsageError(
+            f"no tokenizer can be loaded for --model {args.model}: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
+            "--model takes a hub id (with network access or a filled cache), a folder that "
+            "`save_pretrained` wrote, or an embedded model: smollm2-135m, minilm-l6."
+        ) from None
+
+
+class TrainBatches(Sampler[list[int]]):
+    """The batches of one epoch for this process: a permutation seeded by (seed, epoch).
+
+    All processes draw the same permutation and take every `num_processes`-th row of each global
+    batch. The last global batch is filled up from the permutation's start until the processes have
+    equally many rows. `first_batch` lets a resumed run begin inside an epoch without reading what
+    it has seen.
+    """
+
+    def __init__(
+        self, num_rows: int, batch_size: int, seed: int, rank: int = 0, num_processes: int = 1
+    ) -> None:
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.num_processes = num_processes
+        self.epoch = 0
+        self.first_batch = 0
+
+    def set_position(self, epoch: int, first_batch: int = 0) -> None:
+        self.epoch = epoch
+        self.first_batch = first_batch
+
+    def __len__(self) -> int:
+        """Batches per epoch and process."""
+        return -(-self.num_rows // (self.batch_size * self.num_processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        order = torch.randperm(self.num_rows, generator=generator).tolist()
+        missing = -len(order) % self.num_processes
+        order += (order * self.num_processes)[:missing]
+        step = self.batch_size * self.num_processes
+        for start in range(self.first_batch * step, len(order), step):
+            yield order[start : start + step][self.rank :: self.num_processes]
+
+
+class EvalBatches(Sampler[list[int]]):
+    """Batches of rows of similar length, the longest first, shared out over the processes.
+
+    A batch holds the same rows however many processes there are, so noise that is seeded by a
+    batch's first row gives the same predictions on one process and on many. Where the batches do
+    not divide evenly, some process runs the last one a second time (sharded models need equally
+    many forwards everywhere); predictions are put back by row index, so nothing counts twice.
+    """
+
+    def __init__(
+        self, lengths: list[int], batch_size: int, rank: int = 0, num_processes: int = 1
+    ) -> None:
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        self.rank = rank
+        self.num_processes = num_processes
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.num_processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for i in range(len(self)):
+            yield self.batches[min(i * self.num_processes + self.rank, len(self.batches) - 1)]
+
+
+class DatasetBase(ABC):
+    """A task as batches: `dict[str, Tensor]` with the keys that both kinds of data set share.
+
+    `input_ids (B, T)`, `attention_mask (B, T)`, `labels (B,)`, `index (B,)`: the row in its split.
+
+    Attributes:
+        tasks: this kind's table of `Task` records.
+        padding_side: "left" for causal LMs, whose answer is read at the last position.
+        task, tokenizer: what the flags named.
+    """
+
+    tasks: ClassVar[Mapping[str, Task]]
+    padding_side: ClassVar[str]
+
+    def __init__(self, args, accelerator, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.task: Task = lookup(self.tasks, args.dataset, "data set")
+        if not isinstance(self.task, Task):
+            raise UsageError(f"--dataset {args.dataset}: it must be a dataset.tasks.Task record.")
+        if args.testing_set not in self.task.splits:
+            raise UsageError(
+                f"--testing-set {args.testing_set}: {self.task.name} has no labelled split of that "
+                f"name; it has {', '.join(s for s in self.task.splits if s != 'train')}."
+            )
+        if accelerator.is_local_main_process:
+            self.tokenizer = tokenizer or load_tokenizer(args)  # the main one fills the cache
+        accelerator.wait_for_everyone()
+        if not accelerator.is_local_main_process:
+            self.tokenizer = tokenizer or load_tokenizer(args)
+
+    # --- what methods need ------------------------------------------------------------------------
+
+    @property
+    def num_labels(self) -> int:
+        """C, the number of classes."""
+        return len(self.task.choices)
+
+    @property
+    def num_samples(self) -> int:
+        """n, the number of training examples."""
+        return len(self.train_rows)
+
+    @property
+    def target_ids(self) -> Tensor | None:
+        """The C answer tokens of a causal LM; None for a classifier."""
+        return None
+
+    @cached_property
+    def train_rows(self) -> list[Example]:
+        return self._examples("train", self.args.limit_train)
+
+    @cached_property
+    def test_rows(self) -> list[Example]:
+        return self._examples(self.args.testing_set, self.args.limit_eval)
+
+    @cached_property
+    def train_dataloader(self) -> DataLoader:
+        batches = TrainBatches(
+            len(self.train_rows),
+            self.args.batch_size,
+            self.args.seed_data,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return self._loader(self.train_rows, batches)
+
+    @cached_property
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_loader(self.test_rows)
+
+    def get_loaders(self) -> None:
+        """Build both loaders now; else they are built when first used."""
+        _ = self.train_dataloader, self.test_dataloader
+
+    # --- from rows to batches ---------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, row: Row) -> tuple[Example, bool]:
+        """Token lists of one row, and whether it had to be cut to fit --max-seq-len."""
+
+    def _examples(self, split: str, limit: int) -> list[Example]:
+        rows = load_rows(self.task.source, self.task.splits[split], self.args.data_dir)
+        examples, num_cut = [], 0
+        for index, (where, row) in enumerate(rows[: limit or None]):
+            missing = [column for column in self.task.columns if row.get(column) is None]
+            if missing:
+                raise UsageError(
+                    f"{where}: column '{missing[0]}' is missing; {self.task.name} needs "
+                    f"{', '.join(self.task.columns)}."
+                )
+            try:
+                label = self.task.label(row)
+            except (KeyError, ValueError, IndexError, TypeError):
+                raise UsageError(
+                    f"{where}: unknown label in {row}; {self.task.name} has the answers "
+                    f"{', '.join(self.task.choices)}."
+                ) from None
+            try:
+                example, cut = self.encode(row)
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
+            except (KeyError, ValueError, TypeError) as error:
+                raise UsageError(f"{where}: malformed row ({error!r}): {row}.") from None
+            examples.append(example | {"labels": label, "index": index})
+            num_cut += cut
+        if num_cut:
+            logger.info(
+                "%s: %d of %d rows were cut to --max-seq-len %d (context only).",
+                self.task.splits[split],
+                num_cut,
+                len(examples),
+                self.args.max_seq_len,
+            )
+        return examples
+
+    def collate(self, examples: list[Example]) -> dict[str, Tensor]:
+        """Pad token lists to one length: the longest's, or --max-seq-len."""
+        width = max(len(example["input_ids"]) for example in examples)
+        if self.args.pad_to_max_length:
+            width = max(width, self.args.max_seq_len)
+        pad_token = self.tokenizer.pad_token_id
+        if pad_token is None:
+            pad_token = self.tokenizer.eos_token_id or 0  # masked, so any token will do
+        batch: dict[str, Tensor] = {}
+        for key in examples[0]:
+            values = [example[key] for example in examples]
+            if isinstance(values[0], list):
+                fill = pad_token if key == "input_ids" else 0
+                values = [self._pad(value, width, fill) for value in values]
+            batch[key] = torch.tensor(values)
+        return batch
+
+    def _pad(self, tokens: list[int], width: int, fill: int) -> list[int]:
+        padding = [fill] * (width - len(tokens))
+        return padding + tokens if self.padding_side == "left" else tokens + padding
+
+    def _eval_loader(self, examples: list[Example]) -> DataLoader:
+        batches = EvalBatches(
+            [len(example["input_ids"]) for example in examples],
+            self.args.eval_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return self._loader(examples, batches)
+
+    def _loader(self, examples: list[Example], batches: Sampler[list[int]]) -> DataLoader:
+        return DataLoader(
+            examples,
+            batch_sampler=batches,
+            collate_fn=self.collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+            # Iterating would otherwise draw a seed from the global generator, and training would
+            # depend on how often it was evaluated.
+            generator=torch.Generator(),
+        )

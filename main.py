@@ -1,0 +1,145 @@
+"""Fine-tune a language model with LoRA and a Bayesian method, and measure its calibration.
+
+    python main.py --dataset-type mcdataset --dataset bbc_headlines --model smollm2-135m \
+        --modelwrapper mle --max-train-steps 40 --batch-size 8 --lr 5e-4 --nowand
+    accelerate launch main.py ...            # several GPUs
+    python main.py --config RUN/args.json    # a stored run again
+
+The path below is the whole program: flags, data, model and method, training and evaluation, files.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from dataset import build_dataset
+from modelwrappers import build_wrapper, get_wrapper
+from utils.args import Args, build_parser, finish, first_pass
+from utils.checkpoint import RunFolder, run_folder_path, write_json
+from utils.errors import RunError, UsageError
+from utils.logging import init_tracker, logger, name_process, setup_logging
+from utils.metrics import Metrics
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torchmetrics")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The checked, read-only flags: method first, then one strict parser with that method's own."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    method, config = first_pass(argv)
+    wrapper = get_wrapper(method) if method else get_wrapper("map")
+    return finish(build_parser(wrapper.add_arguments), argv, config, wrapper.check_arguments)
+
+
+def main(argv: list[str] | None = None) -> Metrics:
+    """One run, from flags to files.
+
+    Raises:
+        UsageError: the call cannot work as it was made.
+        RunError: the run failed.
+    """
+    setup_logging(is_main_process=True)
+    args = parse_args(argv)
+    name_process(args)
+    accelerator = build_accelerator(args)
+    folder = open_run_folder(args, accelerator)
+
+    set_seed(args.seed)
+    dataset = build_dataset(args, accelerator)
+    wrapper = build_wrapper(args, dataset.num_labels, accelerator)
+    wrapper.prepare_for_fit_evaluate(dataset)
+    init_tracker(accelerator, args, folder.path)
+    metrics = wrapper.fit_evaluate()
+    accelerator.end_training()
+
+    logger.info(
+        "%s on %s: ACC %.4f  ECE %.4f  NLL %.4f  Brier %.4f",
+        args.modelwrapper,
+        args.dataset,
+        *metrics,
+    )
+    logger.info("Run folder: %s", folder.path)
+    return metrics
+
+
+def build_accelerator(args: Args) -> Accelerator:
+    """This process's device and its neighbours.
+
+    Raises:
+        UsageError: no GPU where one was asked for, or fp16 autocast, whose scaled gradients do not
+            mix with gradients of a KL term.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: there is no CUDA device here; drop it or pass --device cpu.")
+    accelerator = Accelerator(
+        cpu=True if args.device == "cpu" else None,
+        log_with=None if args.tracker == "none" else args.tracker,
+        project_dir=run_folder_path(args),
+    )
+    if accelerator.mixed_precision == "fp16":
+        raise UsageError(
+            "mixed precision fp16 scales the loss, which the two-optimizer methods cannot undo; "
+            "launch with --mixed_precision bf16 or no."
+        )
+    return accelerator
+
+
+def open_run_folder(args: Args, accelerator: Accelerator) -> RunFolder:
+    """The run's folder, checked for space and for an earlier run; args.json and log.txt begin."""
+    folder = RunFolder(
+        run_folder_path(args), accelerator.process_index, accelerator.num_processes
+    )
+    if accelerator.is_main_process:
+        folder.check_writable()
+        folder.check_against_earlier_run(args)
+        if not (args.resume and folder.states):
+            folder.clear()
+            write_json(folder.path / "args.json", {"args": args.as_dict(), "run": provenance()})
+    accelerator.wait_for_everyone()
+    setup_logging(accelerator.is_main_process, folder.path / "log.txt")
+    return folder
+
+
+def provenance() -> dict[str, Any]:
+    """What made this run: command, versions, commit, host, time."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "command": sys.argv,
+        "commit": commit,
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def run(argv: list[str] | None = None) -> int:
+    """`main` for the command line: messages without a traceback, and an exit code."""
+    try:
+        main(argv)
+    except (UsageError, RunError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted; run the same command with --resume to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

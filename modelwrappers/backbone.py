@@ -1,0 +1,296 @@
+"""The base model and its LoRA configuration, from flags.
+
+Weights come from a hub id, a local folder or an embedded alias, plain or quantised; the LoRA
+configuration from `--lora-*` and `--target-modules`, or from the adapter that is to be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from utils.embedded import resolve_model
+from utils.errors import UsageError
+from utils.logging import logger
+
+# model_type of a transformers config -> names of its query, key and value projections. A fused
+# projection stands for all three.
+ATTENTION_PROJECTIONS: dict[str, tuple[str, str, str]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt")
+        + ("phi", "smollm3", "olmo", "olmo2", "granite", "cohere", "stablelm"),
+        ("q_proj", "k_proj", "v_proj"),
+    ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), ("query", "key", "value")),
+    "distilbert": ("q_lin", "k_lin", "v_lin"),
+    "deberta": ("in_proj", "in_proj", "in_proj"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj"),
+    "modernbert": ("Wqkv", "Wqkv", "Wqkv"),
+    "gpt2": ("c_attn", "c_attn", "c_attn"),
+    **dict.fromkeys(("phi3",), ("qkv_proj", "qkv_proj", "qkv_proj")),
+    **dict.fromkeys(
+        ("gpt_neox", "falcon", "bloom"), ("query_key_value", "query_key_value", "query_key_value")
+    ),
+}
+
+
+def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
+    """The frozen base model on `device`, in the class that --model-type asks for.
+
+    Args:
+        args: parsed flags.
+        num_labels: C, for a classification head.
+        device: where this process computes.
+    Raises:
+        UsageError: the model cannot be found, has no weights, or cannot be quantised here.
+    """
+    path = resolve_model(args.load_model_path or args.model)
+    kwargs: dict[str, Any] = {
+        "dtype": _dtype(args, device),
+        "quantization_config": _quantization(args),
+        "trust_remote_code": args.trust_remote_code,
+        "output_loading_info": True,
+    }
+    if kwargs["quantization_config"] is not None:
+        kwargs["device_map"] = {"": device}
+    if args.model_type == "seqcls":
+        kwargs["num_labels"] = num_labels
+    auto = AutoModelForCausalLM if args.model_type == "causallm" else AutoModelForSequenceClassification
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        if args.model_type == "causallm" and type(config) not in AutoModelForCausalLM._model_mapping:
+            raise UsageError(
+                f"--model {args.model} is a {config.model_type} model, which is no causal LM; use "
+                "--dataset-type bertds --model-type seqcls, or another model."
+            )
+        model, info = auto.from_pretrained(path, **kwargs)
+    except UsageError:
+        raise
+    except Exception as error:
+        # transformers and the hub raise a dozen classes here; to the user it is one thing.
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise UsageError(
+            f"--model {args.load_model_path or args.model} cannot be loaded: "
+            f"{type(error).__name__}: {first_line}\n"
+            "It must be a hub id (with network access or a filled cache), a folder with config.json "
+            "and model.safetensors, or an embedded model: smollm2-135m, minilm-l6."
+        ) from None
+    if kwargs["quantization_config"] is None:
+        model.to(device)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = _first(model.config.eos_token_id) or 0
+    model.config.use_cache = False
+    new = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+    if args.model_type == "causallm" and new:
+        raise UsageError(
+            f"--model {args.model}: there are no weights for {', '.join(new)}; the folder does not "
+            "hold a complete causal LM."
+        )
+    # What has to be trained whole: see `lora_config` and `WrapperBase`.
+    model.head_roots = _head_roots(model, new) if args.model_type == "seqcls" else []
+    model.requires_grad_(False)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _first(token: int | list[int] | None) -> int | None:
+    return token[0] if isinstance(token, list) else token
+
+
+def _dtype(args, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on a GPU that has it, float32 elsewhere (half precision crawls on CPUs)."""
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _quantization(args) -> BitsAndBytesConfig | None:
+    if args.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if args.quantization == "4bit":
+        # nf4 with double quantisation: the setting of QLoRA (arXiv 2305.14314)
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    return None
+
+
+# --- LoRA ------------------------------------------------------------------------------------------
+
+
+def lora_config(args, model: PreTrainedModel) -> LoraConfig:
+    """What to adapt, and how: from the flags, or from the adapter of --load-lora-path.
+
+    A classification head is never left random: without LoRA on it, it is trained whole and saved
+    (`modules_to_save`); with --apply-classhead-lora it gets LoRA on top of trained base weights,
+    which ride along in the adapter file (see `WrapperBase.save_pretrained`).
+
+    Raises:
+        UsageError: an unknown architecture, target modules that are not there, or an adapter that
+            does not fit the flags or the model.
+    """
+    if args.load_lora_path is not None:
+        config = _adapter_config(args)
+        _check_targets(model, config.target_modules, f"the adapter {args.load_lora_path}")
+        return config
+    with_head = args.apply_classhead_lora or args.apply_qkv_head_lora
+    if args.target_modules:
+        targets = list(args.target_modules)
+        heads = [module for module in head_modules(model) if module.split(".")[-1] in targets]
+    else:
+        heads = head_modules(model) if with_head else []
+        targets = _attention_targets(model, with_key=args.apply_qkv_head_lora) + heads
+    _check_targets(model, targets, "--target-modules")
+    is_classifier = args.model_type == "seqcls"
+    whole = [name.removeprefix(f"{model.base_model_prefix}.") for name in model.head_roots]
+    return LoraConfig(
+        # Stock PEFT turns the head of a SEQ_CLS adapter into a saved module: with LoRA on the head
+        # the task type must stay open, or it would skip those layers when it loads the adapter.
+        task_type=("SEQ_CLS" if not heads else None) if is_classifier else "CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        modules_to_save=whole if is_classifier and not heads else None,
+    )
+
+
+def _attention_targets(model: PreTrainedModel, with_key: bool) -> list[str]:
+    model_type = model.config.model_type
+    if model_type not in ATTENTION_PROJECTIONS:
+        names = sorted({n.split(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
+        raise UsageError(
+            f"there is no default for the architecture '{model_type}'; name the layers to adapt "
+            f"with --target-modules. Its linear layers are: {', '.join(names)}."
+        )
+    query, key, value = ATTENTION_PROJECTIONS[model_type]
+    return list(dict.fromkeys([query, key, value] if with_key else [query, value]))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the output head's linear layers: lm_head, or those between encoder and classes.
+
+    "classifier.dense" and "classifier.out_proj" for RoBERTa, "bert.pooler.dense" and "classifier" for
+    BERT, "score" for Llama.
+    """
+    output = model.get_output_embeddings()
+    if output is not None:
+        return [name for name, module in model.named_modules() if module is output]
+    return [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and any(f"{name}.".startswith(f"{r}.") for r in model.head_roots)
+    ]
+
+
+def _head_roots(model: PreTrainedModel, new: list[str]) -> list[str]:
+    """Modules that turn an encoder's output into classes: all outside of it, and its pooler.
+
+    A pooler counts because it plays the part of the dense layer in RoBERTa's head, and because
+    sentence encoders (MiniLM among them) ship one that was never trained.
+    """
+    prefix = model.base_model_prefix
+    outside = [name for name, _ in model.named_children() if name != prefix]
+    inside = [f"{prefix}.pooler"] if getattr(model.base_model, "pooler", None) is not None else []
+    roots = inside + outside
+    roots += [n for n in new if not any(f"{n}.".startswith(f"{root}.") for root in roots)]
+    return [name for name in roots if _has_weights(model, name)]
+
+
+def _has_weights(model: nn.Module, name: str) -> bool:
+    return next(model.get_submodule(name).parameters(), None) is not None
+
+
+def _check_targets(model: PreTrainedModel, targets, origin: str) -> None:
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):  # a regular expression or "all-linear": PEFT checks those itself
+        return
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
+            raise UsageError(
+                f"{origin}: this {model.config.model_type} model has no layer '{target}'; its "
+                f"linear layers are: {', '.join(linear)}."
+            )
+
+
+# --- an adapter that is already there ---------------------------------------------------------------
+
+
+def adapter_folder(args) -> Path:
+    """The local folder of --load-lora-path, downloaded first if it lies in a hub repo.
+
+    Raises:
+        UsageError: there is no adapter there.
+    """
+    path = args.load_lora_path
+    if args.load_lora_huggingface_repo:
+        from huggingface_hub import snapshot_download
+
+        try:
+            root = snapshot_download(
+                args.load_lora_huggingface_repo, allow_patterns=[f"{path.strip('/')}/*"]
+            )
+        except Exception as error:
+            raise UsageError(
+                f"--load-lora-huggingface-repo {args.load_lora_huggingface_repo} cannot be read: "
+                f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}\n"
+                "Without network access pass a local folder as --load-lora-path alone."
+            ) from None
+        path = Path(root) / path.strip("/")
+    folder = Path(path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UsageError(
+                f"--load-lora-path {args.load_lora_path}: there is no {name} in {folder}; it takes "
+                "a folder that --checkpoint or PEFT's save_pretrained wrote."
+            )
+    return folder
+
+
+def _adapter_config(args) -> LoraConfig:
+    folder = adapter_folder(args)
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise UsageError(f"--load-lora-path: {folder} holds no LoRA configuration ({error}).") from None
+    for flag, given, stored in (
+        ("--lora-r", args.lora_r, config.r),
+        ("--lora-alpha", args.lora_alpha, config.lora_alpha),
+    ):
+        if given is not None and given != stored:
+            raise UsageError(
+                f"{flag} is {given}, but the adapter in {folder} was trained with {stored}; drop "
+                f"{flag}, or pass {flag} {stored}."
+            )
+    if args.lora_dropout is not None:
+        config.lora_dropout = args.lora_dropout
+    config.inference_mode = False
+    logger.info(
+        "Loaded adapter configuration: r %d, alpha %s, layers %s",
+        config.r,
+        config.lora_alpha,
+        config.target_modules
+        if isinstance(config.target_modules, str)
+        else ", ".join(sorted(config.target_modules)),
+    )
+    return config

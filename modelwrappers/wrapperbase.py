@@ -1,0 +1,739 @@
+"""The one training loop and the one evaluation that every method shares.
+
+A method is a subclass that overrides one to three hooks (`add_arguments`, `sampling`,
+`configure_optimizers`, `training_step`, `optimizer_step`), or just `forward_logits`. A tensor's way:
+
+    dataset.collate -> batch -> training_step -> forward_logits (B, N, C) -> mean NLL -> backward
+    dataset.collate -> batch -> predict -> forward_logits (B, N, C) -> log_softmax -> by row index
+                    -> posterior_predictive (n, C) -> utils.metrics.score -> Metrics
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from jaxtyping import Float, Int
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from utils.checkpoint import (
+    RunFolder,
+    read_tensors,
+    run_folder_path,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+from utils.errors import RunError, UsageError
+from utils.logging import logger
+from utils.metrics import Metrics, posterior_predictive, score
+from utils.optim import build_optimizer, linear_schedule
+
+Batch = dict[str, Tensor]
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class Predictions(NamedTuple):
+    """What a posterior says of a data set, in the data set's own order.
+
+    Attributes:
+        log_probs: log-probabilities of each draw, (n, N, C), float32.
+        labels: (n,)
+        index: (n,) rows in their split.
+    """
+
+    log_probs: Float[Tensor, "n N C"]
+    labels: Int[Tensor, " n"]
+    index: Int[Tensor, " n"]
+
+
+class _TrainingView(nn.Module):
+    """What DDP wraps: a view beside the wrapper whose forward is one training forward.
+
+    The wrapper stays what it is: no `.module` in its way, no prefix in its state dict.
+    """
+
+    def __init__(self, wrapper: WrapperBase) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def forward(self, batch: Batch, n_samples: int) -> Tensor:
+        return self.wrapper.forward_logits(batch, sample=True, n_samples=n_samples)
+
+
+class WrapperBase(PeftModel):
+    """A LoRA model with a training loop, an evaluation and a posterior.
+
+    Subclasses that are point estimates need nothing; Bayesian ones override `sampling` so that the
+    stacked copies of a batch see different weights, and set `is_stochastic`.
+
+    Args:
+        model: a plain transformers model; PEFT injects its layers into it.
+        peft_config: the LoRA configuration.
+        args: parsed flags, read-only.
+        accelerator: of this process.
+        adapter_name: PEFT's name for the adapter.
+    """
+
+    is_stochastic = False  # whether draws differ; else one forward answers for any number of them
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        peft_config: PeftConfig,
+        args,
+        accelerator,
+        adapter_name: str = "default",
+    ) -> None:
+        head_roots = getattr(model, "head_roots", [])
+        forward_parameters = inspect.signature(model.forward).parameters
+        peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or args.model
+        super().__init__(model, peft_config, adapter_name)
+        self.args = args
+        self.accelerator = accelerator
+        self.is_causal = args.model_type == "causallm"
+        self.target_ids: Tensor | None = None
+        self.run_folder = RunFolder(
+            run_folder_path(args), accelerator.process_index, accelerator.num_processes
+        )
+        self.predictions: Predictions | None = None
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
+        self.eval_n_samples = self._final_draws()  # N of `evaluate`
+        self.step = 0  # optimizer updates done
+        self._takes_position_ids = self.is_causal and "position_ids" in forward_parameters
+        self._takes_logits_to_keep = self.is_causal and "logits_to_keep" in forward_parameters
+        self._position = (0, 0)  # epoch, and batches of it that were consumed
+        self._loss_weight = 1.0
+        self._wandb_logger = None
+        self._trained_base_layers = self._train_head_under_lora(head_roots)
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    @classmethod
+    def add_arguments(cls, parser) -> None:
+        """Add the method's own flags to the parser."""
+
+    @classmethod
+    def check_arguments(cls, args) -> None:
+        """Fill in the method's defaults and raise `UsageError` on flags that contradict it."""
+
+    def sampling(self, n_samples: int) -> AbstractContextManager:
+        """Context in which a batch stacked `n_samples` times sees that many draws of the weights.
+
+        0 means the posterior mean. Contexts nest: an inner one with the same number changes nothing.
+        """
+        return nullcontext()
+
+    def configure_optimizers(self) -> None:
+        """Fill `optimizers` and `schedulers`; called once, when every parameter exists."""
+        args = self.args
+        optimizer = build_optimizer(
+            self.trainable_parameters(), args.opt, args.lr, args.opt_wd, args.adam_epsilon
+        )
+        self.optimizers = {"lora": optimizer}
+        self.schedulers = {
+            "lora": linear_schedule(optimizer, self.num_training_steps, args.warmup_ratio)
+        }
+
+    def training_step(self, batch: Batch) -> dict[str, float | Tensor]:
+        """Forward and backward of one batch: the mean over draws of the mean NLL of the labels.
+
+        Returns:
+            what to log; "nll" is the loss that is watched for NaN.
+        """
+        labels = batch["labels"]
+        num_draws = self.args.bayes_train_n_samples if self.is_stochastic else 1
+        # Open around backward, too: gradient checkpointing runs the forward again in there.
+        with self.sampling(num_draws):
+            logits = self.training_logits(batch, num_draws)  # (B, N, C)
+            nll = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels.repeat_interleave(logits.shape[1])
+            )
+            self.backward(nll)
+        predicted = logits.detach().float().softmax(-1).mean(1).argmax(-1)
+        return {"nll": nll.detach(), "acc": (predicted == labels).float().mean()}
+
+    def optimizer_step(self) -> dict[str, float | Tensor]:
+        """One update from the gradients that the batches of this update have left."""
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        return {}
+
+    def method_state(self) -> dict[str, Any]:
+        """What else a resumed run needs: counters and buffers that are no parameters."""
+        return {}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `method_state`."""
+
+    def method_config(self) -> dict[str, Any]:
+        """The method's part of bayes_config.json: what makes the adapter Bayesian."""
+        return {}
+
+    # --- logits -----------------------------------------------------------------------------------
+
+    def forward_logits(
+        self, batch: Batch, sample: bool = True, n_samples: int = 1, **kwargs
+    ) -> Float[Tensor, "B N C"]:
+        """Class logits, one slice per posterior draw.
+
+        All draws are one forward: the batch is stacked N times and each stochastic layer splits it
+        again. No more than --eval-batch-size rows are stacked at once, outside of training.
+
+        Args:
+            batch: model inputs, `input_ids (B, T)` and so on, without labels and index.
+            sample: False for the posterior mean (N = 1).
+            n_samples: N, the number of draws.
+        Returns:
+            (B, N, C)
+        """
+        num_draws = n_samples if sample and self.is_stochastic else 0
+        if num_draws == 0:
+            with self.sampling(0):
+                return self._batch_logits(batch).unsqueeze(1)
+        rows = batch["input_ids"].shape[0]
+        most = num_draws if self.training else max(1, self.args.eval_batch_size // rows)
+        slices = []
+        for start in range(0, num_draws, most):
+            draws = min(most, num_draws - start)
+            stacked = {key: torch.cat([value] * draws) for key, value in batch.items()}  # (N*B, T)
+            with self.sampling(draws):
+                logits = self._batch_logits(stacked)  # (N*B, C)
+            slices.append(logits.unflatten(0, (draws, rows)))
+        return torch.cat(slices).transpose(0, 1)  # (B, N, C)
+
+    def _batch_logits(self, batch: Batch) -> Float[Tensor, "B C"]:
+        # The answer is one token: the head need not be applied to the others.
+        kwargs = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
+        return self.class_logits(self.base_model(**batch, **kwargs))
+
+    def class_logits(self, output) -> Float[Tensor, "B C"]:
+        """The logits of the C classes in a model's output.
+
+        For a causal LM those of the answer tokens at the last position (rows are padded on the
+        left), for a classifier all.
+        """
+        if not self.is_causal:
+            return output.logits
+        if self.target_ids is None:
+            raise RunError("class_logits needs target_ids; call prepare_for_fit_evaluate first.")
+        return output.logits[:, -1, self.target_ids]
+
+    def model_inputs(self, batch: Batch) -> Batch:
+        """A batch without labels and index; positions count from the first token that is no padding."""
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
+        if self._takes_position_ids:
+            positions = inputs["attention_mask"].cumsum(-1) - 1
+            inputs["position_ids"] = positions.clamp(min=0)
+        return inputs
+
+    def training_logits(self, batch: Batch, n_samples: int = 1) -> Float[Tensor, "B N C"]:
+        """`forward_logits` by way of the view that synchronises gradients between processes."""
+        return _with_draws(self._view(self.model_inputs(batch), n_samples))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this batch's share to the gradients of the current update."""
+        self.accelerator.backward(loss * self._loss_weight)
+
+    # --- parameters -------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that is trained."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def _train_head_under_lora(self, head_roots: list[str]) -> list[str]:
+        """Train the base weights of a classification head that has LoRA on it.
+
+        Without LoRA PEFT trains and saves a copy of the head (`modules_to_save`). PEFT cannot do
+        both to one module, and a new head must not stay random: so its base weights are trained in
+        place, under the names that PEFT gives them, and ride along in the adapter file.
+        """
+        trained = []
+        for name, module in self.named_modules():
+            path = f"{name.removeprefix('base_model.model.')}."
+            if not any(path.startswith(f"{root}.") for root in head_roots):
+                continue
+            own = [key for key, _ in module.named_parameters(recurse=False)]
+            if own and not any(part in f".{name}" for part in (".lora_", ".modules_to_save")):
+                if not any(hasattr(self.get_submodule(p), "modules_to_save") for p in _parents(name)):
+                    module.requires_grad_(True)
+                    trained.append(name)
+        return trained
+
+    def _trained_base_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value
+            for name in self._trained_base_layers
+            for key, value in self.get_submodule(name).state_dict().items()
+        }
+
+    # --- preparing --------------------------------------------------------------------------------
+
+    def prepare_for_fit_evaluate(self, dataset, wandb_logger=None) -> None:
+        """Take loaders and answer tokens from a data set; build optimizers and schedules.
+
+        Args:
+            dataset: has `train_dataloader`, `test_dataloader`, `num_samples`, `num_labels`,
+                `target_ids`.
+            wandb_logger: a wandb run of your own to log to, if any.
+        """
+        args = self.args
+        self.dataset = dataset
+        self._wandb_logger = wandb_logger
+        if self.is_causal:
+            self.target_ids = dataset.target_ids.to(self.accelerator.device)
+        self.eval_loader = dataset.test_dataloader
+        self.num_training_steps = args.max_train_steps
+        if args.max_train_steps or args.n_epochs:
+            self.train_loader = dataset.train_dataloader
+            updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
+            self.num_training_steps = args.max_train_steps or args.n_epochs * updates_per_epoch
+            self.configure_optimizers()
+        # What the generators give from here on is the method's noise: other on every process.
+        torch.manual_seed(args.seed_sampling + 7919 * (1 + self.accelerator.process_index))
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def fit(self, train_loader: Iterable[Batch], eval_loader: Iterable[Batch] | None = None) -> None:
+        """Train for `num_training_steps` updates, from the last state if the run is resumed.
+
+        Args:
+            train_loader: batches of the data set contract; iterated once per epoch.
+            eval_loader: evaluated every --eval-per-steps updates, if given.
+        Raises:
+            RunError: the loss is not a number.
+        """
+        args = self.args
+        view = _TrainingView(self)
+        is_distributed = self.accelerator.num_processes > 1
+        self._set_view(self.accelerator.prepare(view) if is_distributed else view)
+        last_step = self.num_training_steps
+        if args.early_stop_steps:
+            last_step = min(last_step, args.early_stop_steps)
+        if args.resume:
+            self._resume()
+        self.train()
+        progress = tqdm(
+            total=last_step,
+            initial=self.step,
+            desc="train",
+            disable=not self.accelerator.is_local_main_process,
+            mininterval=1.0,
+        )
+        shown: dict[str, str] = {}
+        with progress:
+            for batches in self._updates(train_loader, last_step):
+                started = time.perf_counter()
+                rates = {key: s.get_last_lr()[0] for key, s in self.schedulers.items()}
+                log = self._update(batches)
+                self.step += 1
+                record = {"step": self.step, "epoch": self._position[0], **log, "lr": rates}
+                record["seconds"] = round(time.perf_counter() - started, 4)
+                self.run_folder.append_history(record)
+                self._track({f"train/{key}": value for key, value in log.items()} | {"lr": rates})
+                shown["nll"] = f"{log['nll']:.3f}"
+                is_last = self.step == last_step
+                if eval_loader is not None and _is_due(self.step, args.eval_per_steps) and not is_last:
+                    metrics = self._evaluate_while_training(eval_loader)
+                    shown |= {key: f"{value:.3f}" for key, value in metrics.items()}
+                if _is_due(self.step, args.save_per_steps) and not is_last:
+                    self._save_state()
+                progress.set_postfix(shown, refresh=False)
+                progress.update()
+        if args.save_per_steps:  # a run killed while it evaluates need not train again
+            self._save_state()
+        self._set_view(view)
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def _set_view(self, view: nn.Module) -> None:
+        # Around nn.Module's bookkeeping: the view holds the wrapper, not the other way round.
+        self.__dict__["_view"] = view
+
+    def _updates(self, loader: Iterable[Batch], last_step: int) -> Iterator[list[Batch]]:
+        """The batches of each update, epoch after epoch, from the current position."""
+        while self.step < last_step:
+            epoch, consumed = self._position
+            sampler = getattr(loader, "batch_sampler", None)
+            if hasattr(sampler, "set_position"):
+                sampler.set_position(epoch, consumed)
+            batches: list[Batch] = []
+            for batch in loader:
+                batches.append(batch)
+                consumed += 1
+                if len(batches) == self.args.grad_accum_steps:
+                    self._position = (epoch, consumed)
+                    yield batches
+                    batches = []
+                    if self.step >= last_step:
+                        return
+            self._position = (epoch + 1, 0)
+            if batches:  # the epoch's rest is an update of its own
+                yield batches
+            elif consumed == 0:
+                raise RunError("the training loader gave no batch.")
+
+    def _update(self, batches: list[Batch]) -> dict[str, float]:
+        """Forward and backward of each batch, one optimizer step; the means to log."""
+        num_rows = sum(len(batch["labels"]) for batch in batches)
+        totals: dict[str, float | Tensor] = {}
+        for position, batch in enumerate(batches):
+            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+            self._loss_weight = len(batch["labels"]) / num_rows
+            is_last = position == len(batches) - 1
+            synchronise = nullcontext() if is_last else self.accelerator.no_sync(self._view)
+            with synchronise:
+                values = self.training_step(batch)
+            for key, value in values.items():
+                totals[key] = totals.get(key, 0.0) + self._loss_weight * value
+        totals = self._to_floats(totals)
+        if not all(value == value and abs(value) != float("inf") for value in totals.values()):
+            rows = [int(i) for batch in batches for i in batch["index"]]
+            raise RunError(
+                f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows {rows} "
+                "of the training set; the parameters were left as they were before it. Lower --lr, "
+                "or look at those rows."
+            )
+        return totals | self._to_floats(self.optimizer_step())
+
+    def _to_floats(self, values: dict[str, float | Tensor]) -> dict[str, float]:
+        """Means over the processes, in one transfer."""
+        if not values:
+            return {}
+        device = self.accelerator.device
+        stacked = torch.stack([torch.as_tensor(v, device=device).float() for v in values.values()])
+        if self.accelerator.num_processes > 1:
+            stacked = self.accelerator.reduce(stacked, reduction="mean")
+        return dict(zip(values, stacked.tolist(), strict=True))
+
+    def _evaluate_while_training(self, loader: Iterable[Batch]) -> dict[str, float]:
+        limited = _first_batches(loader, self.args.eval_steps) if self.args.eval_steps else loader
+        final = self.eval_n_samples
+        self.eval_n_samples = min(final, self.args.bayes_eval_n_samples)
+        try:
+            metrics = self.evaluate(limited)._asdict()
+        finally:
+            self.eval_n_samples = final
+        self.run_folder.append_history({"step": self.step, "eval": metrics})
+        self._track({f"eval/{key}": value for key, value in metrics.items()})
+        return metrics
+
+    def _track(self, values: dict[str, Any]) -> None:
+        flat = {
+            key if not isinstance(value, dict) else f"{key}/{inner}": number
+            for key, value in values.items()
+            for inner, number in (value if isinstance(value, dict) else {"": value}).items()
+        }
+        if self.accelerator.trackers:
+            self.accelerator.log(flat, step=self.step)
+        if self._wandb_logger is not None and self.accelerator.is_main_process:
+            self._wandb_logger.log(flat)
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def _save_state(self) -> None:
+        state = {
+            "step": self.step,
+            "position": list(self._position),
+            "parameters": {name: p.detach() for name, p in self.trainable_parameters()},
+            "optimizers": {key: o.state_dict() for key, o in self.optimizers.items()},
+            "schedulers": {key: s.state_dict() for key, s in self.schedulers.items()},
+            "method": self.method_state(),
+        }
+        self.run_folder.save_state(self.step, state, self.accelerator.wait_for_everyone)
+
+    def _resume(self) -> None:
+        loaded = self.run_folder.load_state()
+        if loaded is None:
+            logger.info("--resume: there is no state in %s; starting.", self.run_folder.path)
+            return
+        state, restore_generators = loaded
+        parameters = dict(self.trainable_parameters())
+        if parameters.keys() != state["parameters"].keys():
+            raise UsageError("--resume: the stored state is of another model or method.")
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                parameters[name].copy_(value)
+        for key, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][key])
+        for key, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(state["schedulers"][key])
+        self.load_method_state(state["method"])
+        self.step = state["step"]
+        self._position = tuple(state["position"])
+        self.run_folder.cut_history(self.step)
+        logger.info("Resuming after update %d.", self.step)
+        restore_generators()
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    def _final_draws(self) -> int:
+        """N of the final evaluation; 0 is the posterior mean."""
+        if not self.is_stochastic or self.args.bayes_inference_notsample:
+            return 0
+        return self.args.bayes_eval_n_samples_final
+
+    def predict(self, eval_loader: Iterable[Batch]) -> Predictions:
+        """Log-probabilities of every draw for every row, on all processes, in row order.
+
+        The draws are seeded by --seed-sampling and the batch: an evaluation repeats itself, does not
+        disturb training, and does not depend on the number of processes.
+
+        Raises:
+            RunError: a logit is not finite; the rows are named.
+        """
+        num_draws = self.eval_n_samples
+        was_training = self.training
+        self.eval()
+        device = self.accelerator.device
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            forked = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(devices=forked), torch.inference_mode():
+                for batch in tqdm(
+                    eval_loader,
+                    desc="evaluate",
+                    leave=False,
+                    disable=not self.accelerator.is_local_main_process,
+                    mininterval=1.0,
+                ):
+                    batch = send_to_device(batch, device, non_blocking=True)
+                    torch.manual_seed((self.args.seed_sampling << 32) + int(batch["index"][0]))
+                    with self.accelerator.autocast():
+                        logits = self.forward_logits(
+                            self.model_inputs(batch),
+                            sample=num_draws > 0,
+                            n_samples=max(1, num_draws),
+                        )
+                    log_probs = _with_draws(logits).float().log_softmax(-1)  # (B, N, C)
+                    parts.append((log_probs, batch["labels"], batch["index"]))
+        finally:
+            self.train(was_training)
+        if not parts:
+            raise RunError("the evaluation loader gave no batch.")
+        log_probs, labels, index = (torch.cat(column) for column in zip(*parts, strict=True))
+        return self._gather(log_probs, labels, index)
+
+    def _gather(self, log_probs: Tensor, labels: Tensor, index: Tensor) -> Predictions:
+        """All processes' rows, each once, sorted by index."""
+        if self.accelerator.num_processes > 1:
+            accelerator = self.accelerator
+            index = accelerator.gather(accelerator.pad_across_processes(index, pad_index=-1))
+            labels = accelerator.gather(accelerator.pad_across_processes(labels))
+            log_probs = accelerator.gather(accelerator.pad_across_processes(log_probs))
+        index, order = index.cpu().sort(stable=True)
+        first = torch.ones_like(index, dtype=torch.bool)
+        first[1:] = index[1:] != index[:-1]
+        keep = order[first & (index >= 0)]
+        log_probs, labels = log_probs.cpu()[keep], labels.cpu()[keep]
+        index = index[first & (index >= 0)]
+        broken = log_probs.isnan().flatten(1).any(1)
+        if broken.any():
+            raise RunError(
+                f"the predictions of rows {index[broken].tolist()[:20]} are not numbers; the model "
+                "has diverged (lower --lr) or the data type overflows (--dtype float32)."
+            )
+        return Predictions(log_probs, labels, index)
+
+    def evaluate(self, eval_loader: Iterable[Batch]) -> Metrics:
+        """Metrics of the posterior predictive over all rows; keeps the draws in `predictions`."""
+        self.predictions = self.predict(eval_loader)
+        return score(
+            posterior_predictive(self.predictions.log_probs),
+            self.predictions.labels,
+            self.args.num_bins,
+        )
+
+    # --- the whole run ----------------------------------------------------------------------------
+
+    def fit_evaluate(self) -> Metrics:
+        """Train if there is anything to train, evaluate, and leave the results in the run's folder."""
+        training_seconds = 0.0
+        if self.num_training_steps:
+            started = time.perf_counter()
+            self.fit(self.train_loader, self.eval_loader if self.args.eval_per_steps else None)
+            training_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        metrics = self.evaluate(self.eval_loader)
+        seconds = time.perf_counter() - started
+        self._track({f"final/{key}": value for key, value in metrics._asdict().items()})
+        if self.accelerator.is_main_process:
+            self._write_results(metrics, seconds, training_seconds)
+        if self.args.checkpoint:
+            self.save_adapter(self.run_folder.path)
+        self.accelerator.wait_for_everyone()
+        self.run_folder.drop_states()
+        return metrics
+
+    def _write_results(self, metrics: Metrics, seconds: float, training_seconds: float) -> None:
+        args, folder = self.args, self.run_folder.path
+        name = args.dataset.rpartition(":")[2]
+        block: dict[str, Any] = metrics._asdict() | {
+            "split": args.testing_set,
+            "num_bins": args.num_bins,
+            "seconds": round(seconds, 3),
+        }
+        if self.predictions is not None:  # an overridden `evaluate` may keep none
+            log_probs, labels, index = self.predictions
+            block |= {"n_examples": len(labels), "n_draws": log_probs.shape[1]}
+            write_tensors(
+                folder / "predictions.safetensors",
+                {"log_probs": log_probs, "labels": labels, "index": index},
+                {
+                    "dataset": name,
+                    "split": args.testing_set,
+                    "seed": str(args.seed),
+                    "modelwrapper": args.modelwrapper,
+                },
+            )
+        write_json(
+            folder / "metrics.json",
+            {
+                "modelwrapper": args.modelwrapper,
+                "model": args.model,
+                "seed": args.seed,
+                "updates": self.step,
+                "training_seconds": round(training_seconds, 3),
+                "peak_memory_bytes": peak_memory(self.accelerator.device),
+                "datasets": {name: block},
+            },
+        )
+
+    # --- adapters on disk -------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As PEFT's, but a LoRA on the head does not drag the base model's whole head along.
+
+        Base weights of a classification head that were trained under its LoRA are added.
+        """
+        kwargs.setdefault("save_embedding_layers", False)
+        super().save_pretrained(save_directory, **kwargs)
+        extra = self._trained_base_tensors()
+        if extra:
+            file = Path(save_directory) / ADAPTER_FILE
+            write_tensors(file, read_tensors(file) | extra, {"format": "pt"})
+
+    def save_adapter(self, folder: Path) -> None:
+        """Adapter and bayes_config.json, each file replaced in one step (on the main process)."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        temporary = folder / ".adapter"
+        try:
+            self.save_pretrained(str(temporary))
+            write_json(temporary / "bayes_config.json", self.bayes_config())
+        except Exception as error:
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                raise RunError(
+                    f"cannot write the adapter to {folder}: {error}. Free some space; --resume goes "
+                    "on from the last state."
+                ) from error
+            raise
+        for file in sorted(temporary.iterdir()):
+            if file.is_file() and file.name != "README.md":
+                write_atomically(folder / file.name, file.replace)
+        for file in temporary.iterdir():
+            file.unlink()
+        temporary.rmdir()
+        logger.info("Adapter saved to %s", folder)
+
+    def bayes_config(self) -> dict[str, Any]:
+        """What makes the adapter Bayesian, and what it takes to predict with it."""
+        args = self.args
+        return {
+            "format_version": 1,
+            "modelwrapper": args.modelwrapper,
+            "model": args.model,
+            "model_type": args.model_type,
+            "dataset": args.dataset,
+            "dataset_type": args.dataset_type,
+            "choices": list(self.dataset.task.choices) if hasattr(self.dataset, "task") else None,
+            "target_ids": self.target_ids.tolist() if self.target_ids is not None else None,
+            "n_draws": args.bayes_eval_n_samples_final if self.is_stochastic else 1,
+            **self.method_config(),
+        }
+
+    def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
+        """Fill the adapter from a folder that this project, PEFT or the original code wrote.
+
+        Keys of the original carry their prefix twice and may bring the base model's whole head;
+        the one is undone, the other left out.
+
+        Raises:
+            UsageError: a tensor is missing or has another shape: another architecture or rank.
+        """
+        tensors = self._adapter_tensors(read_tensors(folder / ADAPTER_FILE))
+        expected = get_peft_model_state_dict(
+            self, adapter_name=adapter_name, save_embedding_layers=False
+        ) | self._trained_base_tensors()
+        missing = sorted(expected.keys() - tensors.keys())
+        if missing:
+            raise UsageError(
+                f"--load-lora-path: {folder} has no weights for {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; it was made for "
+                f"another architecture than {self.args.model}."
+            )
+        for key, value in expected.items():
+            if tensors[key].shape != value.shape:
+                raise UsageError(
+                    f"--load-lora-path: {key} in {folder} has shape {tuple(tensors[key].shape)}, "
+                    f"{self.args.model} needs {tuple(value.shape)}; the adapter was made for another "
+                    "architecture, rank or number of classes."
+                )
+        trained = {key: tensors[key] for key in self._trained_base_tensors()}
+        self.load_state_dict(trained, strict=False)
+        adapter = {key: tensors[key] for key in expected.keys() - trained.keys()}
+        set_peft_model_state_dict(self, adapter, adapter_name=adapter_name)
+
+    def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        prefix = "base_model.model."
+        return {
+            prefix + key[2 * len(prefix) :] if key.startswith(2 * prefix) else key: value
+            for key, value in tensors.items()
+        }
+
+
+# --- small helpers ----------------------------------------------------------------------------------
+
+
+def _with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:
+    """A subclass may return (B, C): one draw."""
+    return logits.unsqueeze(1) if logits.dim() == 2 else logits
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _first_batches(loader: Iterable[Batch], number: int) -> Iterator[Batch]:
+    for position, batch in enumerate(loader):
+        if position == number:
+            return
+        yield batch
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

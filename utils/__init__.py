@@ -1,0 +1,1 @@
+"""Parts that know nothing of data sets or methods: flags, metrics, files, optimizers, look-ups."""

@@ -1,0 +1,311 @@
+"""A run's folder: atomic files, and a training state that survives a kill at any moment.
+
+Layout: DESIGN.md of the project, or the README's section "A run's folder". Nothing is pickled:
+tensors are safetensors, everything else is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.errors import RunError, UsageError
+from utils.logging import logger
+
+KEPT_STATES = 2
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+_FILE_MODE = 0o666 & ~_UMASK
+
+
+# --- atomic files -------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` and rename the result to `path`: readers never see half a file.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.chmod(_FILE_MODE)  # safetensors makes its files private
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        # safetensors reports a full disk with an error class of its own.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise RunError(
+                f"cannot write {path}: {error}. Free some space or choose another --output-dir; "
+                "what was written before is untouched, and --resume goes on from it."
+            ) from error
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UsageError: no such file, or it does not hold JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{what}: there is no file {path}.") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{what}: {path} cannot be read as JSON ({error}).") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+# --- nested state <-> safetensors + JSON --------------------------------------------------------
+
+
+def split_tensors(state: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Separate a nested state dict into JSON-able structure and a flat dict of tensors.
+
+    Dict keys that are integers (as in `Optimizer.state_dict()`) are kept apart from strings.
+    """
+    if isinstance(state, Tensor):
+        return {"__tensor__": prefix}, {prefix: state}
+    tensors: dict[str, Tensor] = {}
+    if isinstance(state, Mapping):
+        items = []
+        for key, value in state.items():
+            structure, found = split_tensors(value, f"{prefix}/{key}" if prefix else str(key))
+            items.append([key, structure])
+            tensors |= found
+        return {"__dict__": items}, tensors
+    if isinstance(state, list | tuple):
+        values = []
+        for position, value in enumerate(state):
+            structure, found = split_tensors(value, f"{prefix}/{position}")
+            values.append(structure)
+            tensors |= found
+        return values, tensors
+    return state, tensors
+
+
+def join_tensors(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `split_tensors` (tuples come back as lists)."""
+    if isinstance(structure, Mapping):
+        if "__tensor__" in structure:
+            return tensors[structure["__tensor__"]]
+        return {key: join_tensors(value, tensors) for key, value in structure["__dict__"]}
+    if isinstance(structure, list):
+        return [join_tensors(value, tensors) for value in structure]
+    return structure
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of torch's random number generators on the CPU and on every CUDA device."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+
+def run_folder_path(args) -> Path:
+    """`<output-dir>/<modelwrapper>/<model>/<dataset>/<name>`.
+
+    `<name>` is --checkpoint-name where it was set, else --log-path. A local model folder stands
+    under its last component; a hub id keeps its owner.
+    """
+    method = args.modelwrapper.rpartition(":")[2].lower()
+    model = str(args.model)
+    if os.path.isabs(model) or model.startswith(".") or Path(model).is_dir():
+        model = Path(model).resolve().name
+    name = args.checkpoint_name if args.checkpoint_name != "default" else args.log_path
+    return Path(args.output_dir) / method / model / args.dataset.rpartition(":")[2] / name
+
+
+class RunFolder:
+    """The files of one run, and its training states under `state/step-NNNNNNNN/`."""
+
+    def __init__(self, path: Path, rank: int = 0, num_processes: int = 1) -> None:
+        self.path = Path(path)
+        self.rank = rank
+        self.num_processes = num_processes
+        self._history = None
+
+    @property
+    def states(self) -> list[Path]:
+        """Complete states, oldest first."""
+        return sorted((self.path / "state").glob("step-*"))
+
+    def check_writable(self) -> None:
+        """Fail before the model is loaded, not after the run.
+
+        Raises:
+            UsageError: the folder cannot be created or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"\0" * 4096)
+                probe.flush()
+        except OSError as error:
+            raise UsageError(
+                f"the output folder {self.path} cannot be written ({error.strerror}); "
+                "choose another with --output-dir."
+            ) from None
+
+    def check_against_earlier_run(self, args) -> None:
+        """Hold `args` against what the folder already keeps.
+
+        Raises:
+            UsageError: `--resume` with other flags than the stored ones, or an interrupted run's
+                state that a new run would replace.
+        """
+        stored_file = self.path / "args.json"
+        if args.resume:
+            if not stored_file.is_file():
+                return
+            stored = read_json(stored_file, "--resume")["args"]
+            free = {"resume", "overwrite", "config", "tracker", "save_per_steps"}
+            differing = [
+                f"--{key.replace('_', '-')} is {getattr(args, key)!r}, the stored run has {value!r}"
+                for key, value in stored.items()
+                if key not in free and hasattr(args, key) and getattr(args, key) != value
+            ]
+            if differing:
+                raise UsageError(
+                    f"--resume: {'; '.join(differing)}. A resumed run keeps its flags (they are in "
+                    f"{stored_file}); pass the same ones, or another --log-path for a new run."
+                )
+        elif self.states and not args.overwrite:
+            step = int(self.states[-1].name.removeprefix("step-"))
+            raise UsageError(
+                f"{self.path} keeps the state of a run interrupted after update {step}; pass "
+                "--resume to go on, --overwrite to start over, or another --log-path."
+            )
+        elif (self.path / "metrics.json").is_file():
+            logger.info("%s holds an earlier run: its files are replaced.", self.path)
+
+    def clear(self) -> None:
+        """Forget an earlier run's states and results, before a new run begins."""
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+        for name in ("history.jsonl", "metrics.json", "log.txt"):
+            (self.path / name).unlink(missing_ok=True)
+
+    # history
+
+    def append_history(self, record: Mapping[str, Any]) -> None:
+        """Add one line to history.jsonl, in a single write."""
+        if self.rank != 0:
+            return
+        if self._history is None:
+            self._history = open(self.path / "history.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            self._history.write(json.dumps(record) + "\n")
+            self._history.flush()
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path / 'history.jsonl'}: {error}. Free some space; --resume "
+                "goes on from the last state."
+            ) from error
+
+    def cut_history(self, last_step: int) -> None:
+        """Drop what was logged after the update that a resumed run goes on from."""
+        file = self.path / "history.jsonl"
+        if self.rank != 0 or not file.is_file():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the line that the kill cut in half
+                continue
+            if record.get("step", 0) <= last_step:
+                kept.append(line + "\n")
+        write_atomically(file, lambda temporary: temporary.write_text("".join(kept), "utf-8"))
+
+    # training state
+
+    def save_state(self, step: int, state: Mapping[str, Any], barrier: Callable[[], None]) -> None:
+        """Keep the state of update `step`; then drop all but the newest `KEPT_STATES`.
+
+        Every process writes its own random number generators, the main one everything else. The
+        folder gets its name when all have finished, so a state that can be seen is complete.
+        """
+        temporary = self.path / "state" / f".step-{step:08d}"
+        if self.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            structure, tensors = split_tensors(state)
+            write_json(temporary / "state.json", structure)
+            write_tensors(temporary / "state.safetensors", tensors, {"step": str(step)})
+        barrier()
+        structure, tensors = split_tensors(rng_state())
+        write_json(temporary / f"rng-{self.rank}.json", structure)
+        write_tensors(temporary / f"rng-{self.rank}.safetensors", tensors, {})
+        barrier()
+        if self.rank == 0:
+            final = self.path / "state" / f"step-{step:08d}"
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            for old in self.states[:-KEPT_STATES]:
+                shutil.rmtree(old)
+
+    def load_state(self) -> tuple[dict[str, Any], Callable[[], None]] | None:
+        """The newest state, and a function that puts this process's generators back; or None.
+
+        Raises:
+            UsageError: the state was made by another number of processes.
+        """
+        if not self.states:
+            return None
+        newest = self.states[-1]
+        found = len(list(newest.glob("rng-*.json")))
+        if found != self.num_processes:
+            raise UsageError(
+                f"--resume: the state in {newest} was made by {found} process(es), this run has "
+                f"{self.num_processes}; launch it with the same number."
+            )
+
+        def read(name: str) -> Any:
+            structure = read_json(newest / f"{name}.json", "--resume")
+            return join_tensors(structure, read_tensors(newest / f"{name}.safetensors"))
+
+        state, rng = read("state"), read(f"rng-{self.rank}")
+        return state, lambda: set_rng_state(rng)
+
+    def drop_states(self) -> None:
+        """A finished run needs no state."""
+        if self.rank == 0:
+            shutil.rmtree(self.path / "state", ignore_errors=True)

@@ -1,0 +1,84 @@
+"""What the terminal says, kept in the run's log.txt as well; trackers; the process's name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("bayesian_peft")
+
+
+def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
+    """Messages go to the terminal and, once it is known, to the run's log file.
+
+    Only the main process speaks below warnings.
+    """
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(terminal)
+    if log_file is not None and is_main_process:
+        file = logging.FileHandler(log_file, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(file)
+
+
+_told: set[str] = set()
+
+
+def notice_once(message: str) -> None:
+    """Say it the first time only."""
+    if message not in _told:
+        _told.add(message)
+        logger.info(message)
+
+
+def init_tracker(accelerator, args, folder: Path) -> None:
+    """Start the experiment tracker that `--tracker` names, inside the run's folder.
+
+    wandb never asks: without credentials it records offline, and one line says so.
+    """
+    if args.tracker == "none":
+        return
+    init_kwargs: dict[str, Any] = {}
+    if args.tracker == "wandb":
+        if accelerator.is_main_process and not _wandb_has_credentials():
+            os.environ["WANDB_MODE"] = "offline"
+            logger.info(
+                "wandb has no credentials: this run is recorded offline under "
+                f"{folder / 'wandb'}; `wandb login` once, or `wandb sync` it later."
+            )
+        os.environ.setdefault("WANDB_SILENT", "true")
+        init_kwargs["wandb"] = {
+            "entity": args.wandb_entity,
+            "name": args.wandb_name or folder.name,
+            "dir": str(folder),
+        }
+    project = args.wandb_project if args.tracker == "wandb" else "tensorboard"
+    config = {
+        key: value if isinstance(value, int | float | str | bool) else str(value)
+        for key, value in args.as_dict().items()
+    }
+    accelerator.init_trackers(project, config=config, init_kwargs=init_kwargs)
+
+
+def _wandb_has_credentials() -> bool:
+    if os.environ.get("WANDB_MODE") in {"offline", "disabled"} or os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    return wandb.login(prompt=False)
+
+
+def name_process(args) -> None:
+    """Show model, data set and method in `ps` and `nvidia-smi`."""
+    import setproctitle
+
+    setproctitle.setproctitle(f"bayesian-peft {args.modelwrapper} {args.model} {args.dataset}")
