@@ -31,7 +31,15 @@ from utils.errors import RunError, UsageError
 from utils.logging import init_tracker, logger, name_process, setup_logging
 from utils.metrics import Metrics
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "torchmetrics")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "torchmetrics",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -81,7 +89,9 @@ def build_accelerator(args: Args) -> Accelerator:
             mix with gradients of a KL term.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: there is no CUDA device here; drop it or pass --device cpu.")
+        raise UsageError(
+            "--device cuda: there is no CUDA device here; drop it or pass --device cpu."
+        )
     accelerator = Accelerator(
         cpu=True if args.device == "cpu" else None,
         log_with=None if args.tracker == "none" else args.tracker,
@@ -97,9 +107,7 @@ def build_accelerator(args: Args) -> Accelerator:
 
 def open_run_folder(args: Args, accelerator: Accelerator) -> RunFolder:
     """The run's folder, checked for space and for an earlier run; args.json and log.txt begin."""
-    folder = RunFolder(
-        run_folder_path(args), accelerator.process_index, accelerator.num_processes
-    )
+    folder = RunFolder(run_folder_path(args), accelerator.process_index, accelerator.num_processes)
     if accelerator.is_main_process:
         folder.check_writable()
         folder.check_against_earlier_run(args)
@@ -113,7 +121,15 @@ def open_run_folder(args: Args, accelerator: Accelerator) -> RunFolder:
 
 def provenance() -> dict[str, Any]:
     """What made this run: command, versions, commit, host, time."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

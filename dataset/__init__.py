@@ -1,7 +1,7 @@
 """Data sets: rows of a task, made into batches that every method takes.
 
-`DATASETS` maps --dataset-type to a class. A data set itself is one `Task` record in `tasks.py`, or a
-record in a user's own file (`--dataset path/to/file.py:NAME`).
+`DATASETS` maps --dataset-type to a class. A data set itself is one `Task` record in `tasks.py`, or
+a record in a user's own file (`--dataset path/to/file.py:NAME`).
 """
 
 from dataset.base import DatasetBase

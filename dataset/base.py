@@ -18,6 +18,7 @@ from utils.embedded import resolve_model
 from utils.errors import UsageError
 from utils.logging import logger
 from utils.registry import lookup
+from utils.seeding import mix_seed
 
 Example = dict[str, Any]
 
@@ -34,7 +35,7 @@ def load_tokenizer(args) -> PreTrainedTokenizerBase:
             path, use_fast=not args.use_slow_tokenizer, trust_remote_code=args.trust_remote_code
         )
     except Exception as error:
-        # transformers raises OSError, ValueError, KeyError and others for what is the same to users.
+        # transformers raises OSError, ValueError, KeyError and others for one and the same thing.
         raise UsageError(
             f"no tokenizer can be loaded for --model {args.model}: "
             f"{type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
@@ -72,7 +73,7 @@ class TrainBatches(Sampler[list[int]]):
         return -(-self.num_rows // (self.batch_size * self.num_processes))
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_rows, generator=generator).tolist()
         missing = -len(order) % self.num_processes
         order += (order * self.num_processes)[:missing]

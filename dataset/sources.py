@@ -52,7 +52,10 @@ class BBCNews:
 
     def rows(self, split: str) -> list[tuple[str, Row]]:
         return [
-            (f"embedded corpus [{split}] '{a['headline']}'", {"text": a[self.text], "topic": a["topic"]})
+            (
+                f"embedded corpus [{split}] '{a['headline']}'",
+                {"text": a[self.text], "topic": a["topic"]},
+            )
             for a in bbc_articles()
             if a["split"] == split and a[self.text]
         ]
@@ -91,7 +94,10 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, Row]]:
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield f"{file}:{number}", _as_row(_parse(line, f"{file}:{number}"), f"{file}:{number}")
+                yield (
+                    f"{file}:{number}",
+                    _as_row(_parse(line, f"{file}:{number}"), f"{file}:{number}"),
+                )
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Row]]:

@@ -29,8 +29,11 @@ from utils.logging import logger
 # projection stands for all three.
 ATTENTION_PROJECTIONS: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt")
-        + ("phi", "smollm3", "olmo", "olmo2", "granite", "cohere", "stablelm"),
+        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt"],
+        ("q_proj", "k_proj", "v_proj"),
+    ),
+    **dict.fromkeys(
+        ["phi", "smollm3", "olmo", "olmo2", "granite", "cohere", "stablelm"],
         ("q_proj", "k_proj", "v_proj"),
     ),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), ("query", "key", "value")),
@@ -57,24 +60,26 @@ def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
         UsageError: the model cannot be found, has no weights, or cannot be quantised here.
     """
     path = resolve_model(args.load_model_path or args.model)
+    is_classifier = args.model_type == "seqcls"
+    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     kwargs: dict[str, Any] = {
         "dtype": _dtype(args, device),
-        "quantization_config": _quantization(args),
         "trust_remote_code": args.trust_remote_code,
         "output_loading_info": True,
     }
-    if kwargs["quantization_config"] is not None:
-        kwargs["device_map"] = {"": device}
-    if args.model_type == "seqcls":
-        kwargs["num_labels"] = num_labels
-    auto = AutoModelForCausalLM if args.model_type == "causallm" else AutoModelForSequenceClassification
+    if is_classifier:  # a head for another number of classes is replaced by a new one
+        kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        if args.model_type == "causallm" and type(config) not in AutoModelForCausalLM._model_mapping:
+        if type(config) not in auto._model_mapping:
+            kind = "classifier" if is_classifier else "causal LM"
             raise UsageError(
-                f"--model {args.model} is a {config.model_type} model, which is no causal LM; use "
-                "--dataset-type bertds --model-type seqcls, or another model."
+                f"--model {args.model}: there is no {kind} of the architecture "
+                f"'{config.model_type}'; choose another --model or --dataset-type."
             )
+        if args.quantization != "none":
+            kwargs["device_map"] = {"": device}
+            kwargs["quantization_config"] = _quantization(args, auto, config)
         model, info = auto.from_pretrained(path, **kwargs)
     except UsageError:
         raise
@@ -84,22 +89,23 @@ def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
         raise UsageError(
             f"--model {args.load_model_path or args.model} cannot be loaded: "
             f"{type(error).__name__}: {first_line}\n"
-            "It must be a hub id (with network access or a filled cache), a folder with config.json "
-            "and model.safetensors, or an embedded model: smollm2-135m, minilm-l6."
+            "It must be a hub id (with network access or a filled cache), a folder with "
+            "config.json and model.safetensors, or an embedded model: smollm2-135m, minilm-l6."
         ) from None
-    if kwargs["quantization_config"] is None:
+    if args.quantization == "none":
         model.to(device)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _first(model.config.eos_token_id) or 0
     model.config.use_cache = False
-    new = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
-    if args.model_type == "causallm" and new:
+    absent = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    new = sorted({key.rpartition(".")[0] for key in absent})
+    if new and not is_classifier:
         raise UsageError(
             f"--model {args.model}: there are no weights for {', '.join(new)}; the folder does not "
             "hold a complete causal LM."
         )
     # What has to be trained whole: see `lora_config` and `WrapperBase`.
-    model.head_roots = _head_roots(model, new) if args.model_type == "seqcls" else []
+    model.head_roots = _head_roots(model, new) if is_classifier else []
     model.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -119,18 +125,26 @@ def _dtype(args, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _quantization(args) -> BitsAndBytesConfig | None:
+def _quantization(args, auto, config) -> BitsAndBytesConfig:
+    """8 bit, or nf4 with double quantisation, the setting of QLoRA (arXiv 2305.14314).
+
+    A classification head is trained, so it stays as it is; so does lm_head, as transformers has it.
+    """
+    keep = None
+    if args.model_type == "seqcls":
+        with torch.device("meta"):
+            keep = _head_roots(auto.from_config(config), [])
     if args.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if args.quantization == "4bit":
-        # nf4 with double quantisation: the setting of QLoRA (arXiv 2305.14314)
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-        )
-    return None
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=keep,
+    )
 
 
-# --- LoRA ------------------------------------------------------------------------------------------
+# --- LoRA ---------------------------------------------------------------------------------------
 
 
 def lora_config(args, model: PreTrainedModel) -> LoraConfig:
@@ -189,8 +203,8 @@ def _is_linear(module: nn.Module) -> bool:
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the output head's linear layers: lm_head, or those between encoder and classes.
 
-    "classifier.dense" and "classifier.out_proj" for RoBERTa, "bert.pooler.dense" and "classifier" for
-    BERT, "score" for Llama.
+    "classifier.dense" and "classifier.out_proj" for RoBERTa, "bert.pooler.dense" and "classifier"
+    for BERT, "score" for Llama.
     """
     output = model.get_output_embeddings()
     if output is not None:
@@ -233,7 +247,7 @@ def _check_targets(model: PreTrainedModel, targets, origin: str) -> None:
             )
 
 
-# --- an adapter that is already there ---------------------------------------------------------------
+# --- an adapter that is already there ------------------------------------------------------------
 
 
 def adapter_folder(args) -> Path:
@@ -272,7 +286,9 @@ def _adapter_config(args) -> LoraConfig:
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise UsageError(f"--load-lora-path: {folder} holds no LoRA configuration ({error}).") from None
+        raise UsageError(
+            f"--load-lora-path: {folder} holds no LoRA configuration ({error})."
+        ) from None
     for flag, given, stored in (
         ("--lora-r", args.lora_r, config.r),
         ("--lora-alpha", args.lora_alpha, config.lora_alpha),

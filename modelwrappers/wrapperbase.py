@@ -1,7 +1,8 @@
 """The one training loop and the one evaluation that every method shares.
 
 A method is a subclass that overrides one to three hooks (`add_arguments`, `sampling`,
-`configure_optimizers`, `training_step`, `optimizer_step`), or just `forward_logits`. A tensor's way:
+`configure_optimizers`, `training_step`, `optimizer_step`), or just `forward_logits`. The way of a
+tensor:
 
     dataset.collate -> batch -> training_step -> forward_logits (B, N, C) -> mean NLL -> backward
     dataset.collate -> batch -> predict -> forward_logits (B, N, C) -> log_softmax -> by row index
@@ -37,6 +38,7 @@ from utils.errors import RunError, UsageError
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
+from utils.seeding import mix_seed
 
 Batch = dict[str, Tensor]
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -130,7 +132,7 @@ class WrapperBase(PeftModel):
     def sampling(self, n_samples: int) -> AbstractContextManager:
         """Context in which a batch stacked `n_samples` times sees that many draws of the weights.
 
-        0 means the posterior mean. Contexts nest: an inner one with the same number changes nothing.
+        0 means the posterior mean. Contexts nest: an inner one of the same number is no change.
         """
         return nullcontext()
 
@@ -233,7 +235,7 @@ class WrapperBase(PeftModel):
         return output.logits[:, -1, self.target_ids]
 
     def model_inputs(self, batch: Batch) -> Batch:
-        """A batch without labels and index; positions count from the first token that is no padding."""
+        """A batch without labels and index; positions count from the first real token."""
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
         if self._takes_position_ids:
             positions = inputs["attention_mask"].cumsum(-1) - 1
@@ -266,11 +268,13 @@ class WrapperBase(PeftModel):
             path = f"{name.removeprefix('base_model.model.')}."
             if not any(path.startswith(f"{root}.") for root in head_roots):
                 continue
-            own = [key for key, _ in module.named_parameters(recurse=False)]
-            if own and not any(part in f".{name}" for part in (".lora_", ".modules_to_save")):
-                if not any(hasattr(self.get_submodule(p), "modules_to_save") for p in _parents(name)):
-                    module.requires_grad_(True)
-                    trained.append(name)
+            has_parameters = next(module.parameters(recurse=False), None) is not None
+            is_saved_by_peft = any(part in name for part in (".lora_", ".modules_to_save")) or any(
+                hasattr(self.get_submodule(parent), "modules_to_save") for parent in _parents(name)
+            )
+            if has_parameters and not is_saved_by_peft:
+                module.requires_grad_(True)
+                trained.append(name)
         return trained
 
     def _trained_base_tensors(self) -> dict[str, Tensor]:
@@ -303,11 +307,13 @@ class WrapperBase(PeftModel):
             self.num_training_steps = args.max_train_steps or args.n_epochs * updates_per_epoch
             self.configure_optimizers()
         # What the generators give from here on is the method's noise: other on every process.
-        torch.manual_seed(args.seed_sampling + 7919 * (1 + self.accelerator.process_index))
+        torch.manual_seed(mix_seed(args.seed_sampling, self.accelerator.process_index))
 
     # --- training ---------------------------------------------------------------------------------
 
-    def fit(self, train_loader: Iterable[Batch], eval_loader: Iterable[Batch] | None = None) -> None:
+    def fit(
+        self, train_loader: Iterable[Batch], eval_loader: Iterable[Batch] | None = None
+    ) -> None:
         """Train for `num_training_steps` updates, from the last state if the run is resumed.
 
         Args:
@@ -346,7 +352,11 @@ class WrapperBase(PeftModel):
                 self._track({f"train/{key}": value for key, value in log.items()} | {"lr": rates})
                 shown["nll"] = f"{log['nll']:.3f}"
                 is_last = self.step == last_step
-                if eval_loader is not None and _is_due(self.step, args.eval_per_steps) and not is_last:
+                if (
+                    eval_loader is not None
+                    and _is_due(self.step, args.eval_per_steps)
+                    and not is_last
+                ):
                     metrics = self._evaluate_while_training(eval_loader)
                     shown |= {key: f"{value:.3f}" for key, value in metrics.items()}
                 if _is_due(self.step, args.save_per_steps) and not is_last:
@@ -403,9 +413,9 @@ class WrapperBase(PeftModel):
         if not all(value == value and abs(value) != float("inf") for value in totals.values()):
             rows = [int(i) for batch in batches for i in batch["index"]]
             raise RunError(
-                f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows {rows} "
-                "of the training set; the parameters were left as they were before it. Lower --lr, "
-                "or look at those rows."
+                f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows "
+                f"{rows} of the training set; the parameters were left as they were before it. "
+                "Lower --lr, or look at those rows."
             )
         return totals | self._to_floats(self.optimizer_step())
 
@@ -489,8 +499,8 @@ class WrapperBase(PeftModel):
     def predict(self, eval_loader: Iterable[Batch]) -> Predictions:
         """Log-probabilities of every draw for every row, on all processes, in row order.
 
-        The draws are seeded by --seed-sampling and the batch: an evaluation repeats itself, does not
-        disturb training, and does not depend on the number of processes.
+        The draws are seeded by --seed-sampling and the batch: an evaluation repeats itself, does
+        not disturb training, and does not depend on the number of processes.
 
         Raises:
             RunError: a logit is not finite; the rows are named.
@@ -511,7 +521,7 @@ class WrapperBase(PeftModel):
                     mininterval=1.0,
                 ):
                     batch = send_to_device(batch, device, non_blocking=True)
-                    torch.manual_seed((self.args.seed_sampling << 32) + int(batch["index"][0]))
+                    torch.manual_seed(mix_seed(self.args.seed_sampling, int(batch["index"][0])))
                     with self.accelerator.autocast():
                         logits = self.forward_logits(
                             self.model_inputs(batch),
@@ -560,7 +570,7 @@ class WrapperBase(PeftModel):
     # --- the whole run ----------------------------------------------------------------------------
 
     def fit_evaluate(self) -> Metrics:
-        """Train if there is anything to train, evaluate, and leave the results in the run's folder."""
+        """Train if there is anything to train, evaluate, and leave the results in the folder."""
         training_seconds = 0.0
         if self.num_training_steps:
             started = time.perf_counter()
@@ -638,8 +648,8 @@ class WrapperBase(PeftModel):
         except Exception as error:
             if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
                 raise RunError(
-                    f"cannot write the adapter to {folder}: {error}. Free some space; --resume goes "
-                    "on from the last state."
+                    f"cannot write the adapter to {folder}: {error}. Free some space; --resume "
+                    "goes on from the last state."
                 ) from error
             raise
         for file in sorted(temporary.iterdir()):
@@ -676,9 +686,10 @@ class WrapperBase(PeftModel):
             UsageError: a tensor is missing or has another shape: another architecture or rank.
         """
         tensors = self._adapter_tensors(read_tensors(folder / ADAPTER_FILE))
-        expected = get_peft_model_state_dict(
-            self, adapter_name=adapter_name, save_embedding_layers=False
-        ) | self._trained_base_tensors()
+        expected = (
+            get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+            | self._trained_base_tensors()
+        )
         missing = sorted(expected.keys() - tensors.keys())
         if missing:
             raise UsageError(
@@ -690,8 +701,8 @@ class WrapperBase(PeftModel):
             if tensors[key].shape != value.shape:
                 raise UsageError(
                     f"--load-lora-path: {key} in {folder} has shape {tuple(tensors[key].shape)}, "
-                    f"{self.args.model} needs {tuple(value.shape)}; the adapter was made for another "
-                    "architecture, rank or number of classes."
+                    f"{self.args.model} needs {tuple(value.shape)}; the adapter was made for "
+                    "another architecture, rank or number of classes."
                 )
         trained = {key: tensors[key] for key in self._trained_base_tensors()}
         self.load_state_dict(trained, strict=False)
@@ -706,7 +717,7 @@ class WrapperBase(PeftModel):
         }
 
 
-# --- small helpers ----------------------------------------------------------------------------------
+# --- small helpers -------------------------------------------------------------------------------
 
 
 def _with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:

@@ -204,7 +204,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", help="hub id, local folder, smollm2-135m or minilm-l6")
     model.add_argument("--model-type", choices=["causallm", "seqcls"])
     model.add_argument("--load-model-path", type=optional, help="base weights, if not --model's")
-    model.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    model.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
+    )
     model.add_argument("--quantization", choices=["none", "8bit", "4bit"], help="of the base")
     add_switch(model, "--load-in-8bit", help="the same as --quantization 8bit")
     add_switch(model, "--trust-remote-code", help="run code that comes with a hub model")

