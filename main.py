@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> Metrics:
     name_process(args)
     accelerator = build_accelerator(args)
     folder = open_run_folder(args, accelerator)
+    if args.resume and (finished := folder.finished()):
+        logger.info("%s is finished; nothing to resume.", folder.path)
+        return Metrics(*(finished[args.dataset.rpartition(":")[2]][k] for k in Metrics._fields))
 
     set_seed(args.seed)
     dataset = build_dataset(args, accelerator)
@@ -111,9 +114,11 @@ def open_run_folder(args: Args, accelerator: Accelerator) -> RunFolder:
     if accelerator.is_main_process:
         folder.check_writable()
         folder.check_against_earlier_run(args)
-        if not (args.resume and folder.states):
-            folder.clear()
-            write_json(folder.path / "args.json", {"args": args.as_dict(), "run": provenance()})
+        if not (args.resume and (folder.states or folder.finished())):
+            source = Path(args.load_lora_path or ".").resolve()
+            folder.clear(keep_adapter=source == folder.path.resolve())
+            stored = {"args": args.as_dict(), "given": args.given, "run": provenance()}
+            write_json(folder.path / "args.json", stored)
     accelerator.wait_for_everyone()
     setup_logging(accelerator.is_main_process, folder.path / "log.txt")
     return folder
@@ -149,10 +154,18 @@ def run(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except (UsageError, RunError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
+    except torch.OutOfMemoryError as error:
+        logger.error(
+            "RunError: the GPU's memory is full (%s). Lower --batch-size or --eval-batch-size, or "
+            "pass --gradient-checkpointing or --quantization 4bit; --resume goes on from the last "
+            "state.",
+            str(error).partition(".")[0],
+        )
+        return RunError.exit_code
     except KeyboardInterrupt:
-        print("Interrupted; run the same command with --resume to go on.", file=sys.stderr)
+        logger.error("Interrupted; run the same command with --resume to go on.")
         return 130
     return 0
 

@@ -27,8 +27,8 @@ def main(rounds: int) -> None:
     folder = tempfile.mkdtemp()
     args = program.parse_args(
         "--dataset-type mcdataset --dataset bbc_headlines --model smollm2-135m --nowand "
-        f"--modelwrapper mle --max-train-steps {10 * BLOCK * rounds} --batch-size {BATCH} --output-dir {folder} "
-        "--save-per-steps 0 --eval-per-steps 0".split()
+        f"--modelwrapper mle --max-train-steps {10 * BLOCK * rounds} --batch-size {BATCH} "
+        f"--output-dir {folder} --save-per-steps 0 --eval-per-steps 0".split()
     )
     accelerator = program.build_accelerator(args)
     dataset = build_dataset(args, accelerator)

@@ -24,24 +24,28 @@ Example = dict[str, Any]
 
 
 def load_tokenizer(args) -> PreTrainedTokenizerBase:
-    """The tokenizer of --model (of --load-model-path, where --model has none).
+    """The tokenizer of --load-model-path, or of --model where there is none.
 
     Raises:
         UsageError: there is none to be found.
     """
-    path = resolve_model(args.load_model_path or args.model)
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, use_fast=not args.use_slow_tokenizer, trust_remote_code=args.trust_remote_code
-        )
-    except Exception as error:
-        # transformers raises OSError, ValueError, KeyError and others for one and the same thing.
-        raise UsageError(
-            f"no tokenizer can be loaded for --model {args.model}: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
-            "--model takes a hub id (with network access or a filled cache), a folder that "
-            "`save_pretrained` wrote, or an embedded model: smollm2-135m, minilm-l6."
-        ) from None
+    for name in filter(None, (args.load_model_path, args.model)):
+        try:
+            return AutoTokenizer.from_pretrained(
+                resolve_model(name),
+                use_fast=not args.use_slow_tokenizer,
+                trust_remote_code=args.trust_remote_code,
+            )
+        except Exception as error:
+            if isinstance(error, UsageError):
+                raise
+            # transformers raises OSError, ValueError, KeyError and others for the same thing
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    raise UsageError(
+        f"no tokenizer can be loaded for --model {args.model}: {reason}\n"
+        "--model takes a hub id (with network access or a filled cache), a folder that "
+        "`save_pretrained` wrote, or an embedded model: smollm2-135m, minilm-l6."
+    )
 
 
 class TrainBatches(Sampler[list[int]]):
@@ -73,7 +77,7 @@ class TrainBatches(Sampler[list[int]]):
         return -(-self.num_rows // (self.batch_size * self.num_processes))
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix_seed("training order", self.seed, self.epoch))
         order = torch.randperm(self.num_rows, generator=generator).tolist()
         missing = -len(order) % self.num_processes
         order += (order * self.num_processes)[:missing]
@@ -155,6 +159,12 @@ class DatasetBase(ABC):
         """The C answer tokens of a causal LM; None for a classifier."""
         return None
 
+    @property
+    def pad_token_id(self) -> int:
+        """What fills short rows: the end of text, where the tokenizer has no padding token."""
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else end or 0
+
     @cached_property
     def train_rows(self) -> list[Example]:
         return self._examples("train", self.args.limit_train)
@@ -200,6 +210,8 @@ class DatasetBase(ABC):
                 )
             try:
                 label = self.task.label(row)
+                if not 0 <= label < self.num_labels:
+                    raise ValueError(label)
             except (KeyError, ValueError, IndexError, TypeError):
                 raise UsageError(
                     f"{where}: unknown label in {row}; {self.task.name} has the answers "
@@ -228,14 +240,11 @@ class DatasetBase(ABC):
         width = max(len(example["input_ids"]) for example in examples)
         if self.args.pad_to_max_length:
             width = max(width, self.args.max_seq_len)
-        pad_token = self.tokenizer.pad_token_id
-        if pad_token is None:
-            pad_token = self.tokenizer.eos_token_id or 0  # masked, so any token will do
         batch: dict[str, Tensor] = {}
         for key in examples[0]:
             values = [example[key] for example in examples]
             if isinstance(values[0], list):
-                fill = pad_token if key == "input_ids" else 0
+                fill = self.pad_token_id if key == "input_ids" else 0
                 values = [self._pad(value, width, fill) for value in values]
             batch[key] = torch.tensor(values)
         return batch

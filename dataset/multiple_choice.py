@@ -36,12 +36,11 @@ class MultipleChoice(DatasetBase):
         Raises:
             UsageError: an answer is not one token, or two answers are the same token.
         """
-        forms = [" {}"] if self.args.add_space else [" {}", "{}"]
         tokens = {}
         for word in self.task.choices:
             encoded = [
-                self.tokenizer(form.format(word), add_special_tokens=False).input_ids
-                for form in forms
+                self.tokenizer(form, add_special_tokens=False).input_ids
+                for form in (f" {word}", word)
             ]
             single = [ids[0] for ids in encoded if len(ids) == 1]
             unknown = self.tokenizer.unk_token_id

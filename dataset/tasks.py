@@ -92,8 +92,8 @@ INSTRUCTION = "Return the label of the correct answer for the question below.\n\
 
 
 def multiple_choice(question: str, choices: list[str]) -> Prompt:
-    if not choices:
-        raise ValueError("no choices")
+    if not 0 < len(choices) <= len(LETTERS):
+        raise ValueError("no choices" if not choices else f"more than {len(LETTERS)} choices")
     # Rows with answers 1..4 are shown with letters like all others: the answer tokens are letters.
     lines = "\n".join(f"{letter}) {text}" for letter, text in zip(LETTERS, choices, strict=False))
     return Prompt(f"{INSTRUCTION}Question: {question}\nChoices:\n{lines}\nAnswer:", "", "")

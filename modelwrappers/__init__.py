@@ -8,17 +8,25 @@ three of its hooks, and add one line to `WRAPPERS`. Or leave the repository alon
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
 
 from modelwrappers import wrapperbase
 from modelwrappers.backbone import adapter_folder, load_model, lora_config
+from modelwrappers.blob import BLoB
 from modelwrappers.map import MAP
 from modelwrappers.wrapperbase import WrapperBase
+from utils.args import build_parser, finish
+from utils.checkpoint import read_json
 from utils.errors import UsageError
 from utils.registry import lookup
 
 WRAPPERS: dict[str, type[WrapperBase]] = {
     "map": MAP,
     "mle": MAP,
+    "blob": BLoB,
 }
 
 
@@ -44,3 +52,51 @@ def build_wrapper(args, num_labels: int, accelerator) -> WrapperBase:
     if args.load_lora_path is not None:
         wrapper.load_adapter_weights(adapter_folder(args))
     return wrapper
+
+
+def load_posterior(
+    path_or_hub_id: str | Path, model: str | None = None, device: str = "auto"
+) -> WrapperBase:
+    """The posterior that `--checkpoint` or `push_to_hub` left, ready to predict.
+
+    Everything that is needed stands in the adapter's bayes_config.json: no flags of the run.
+
+    Args:
+        path_or_hub_id: a run's folder, or a hub repo.
+        model: the base model, if it has moved since: hub id, folder or embedded alias.
+        device: "auto", "cpu" or "cuda".
+    Returns:
+        the wrapper of the method that made it, in evaluation mode: `predict(loader)`,
+        `evaluate(loader)`, `forward_logits(batch, n_samples=N)`.
+    Raises:
+        UsageError: no adapter or no bayes_config.json there, or an unknown method.
+    """
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(path_or_hub_id)))
+        except Exception as error:
+            raise UsageError(
+                f"load_posterior: {path_or_hub_id} is neither a folder nor a hub repo that can be "
+                f"read ({type(error).__name__})."
+            ) from None
+    config = read_json(folder / "bayes_config.json", "load_posterior")
+    wrapper_class = get_wrapper(config["modelwrapper"])
+    known = {key: value for key, value in config.items() if key in _POSTERIOR_FLAGS}
+    known |= config["flags"] | {"load_lora_path": str(folder), "nowand": True}
+    known |= {"model": model or config["model"], "device": device}
+    known["bayes_eval_n_samples_final"] = config["n_draws"]
+    parser = build_parser(wrapper_class.add_arguments)
+    args = finish(parser, [], known, wrapper_class.check_arguments)
+    wrapper = build_wrapper(args, len(config["choices"]), Accelerator(cpu=device == "cpu" or None))
+    wrapper.answers = config["choices"]
+    wrapper.results = config["metrics"]
+    wrapper.base_model.config.pad_token_id = config["pad_token_id"]
+    if config["target_ids"] is not None:
+        wrapper.target_ids = torch.tensor(config["target_ids"], device=wrapper.accelerator.device)
+    return wrapper.eval()
+
+
+_POSTERIOR_FLAGS = ("modelwrapper", "model_type", "dataset", "dataset_type")

@@ -71,7 +71,7 @@ def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
         kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        if type(config) not in auto._model_mapping:
+        if type(config) not in auto._model_mapping and not args.trust_remote_code:
             kind = "classifier" if is_classifier else "causal LM"
             raise UsageError(
                 f"--model {args.model}: there is no {kind} of the architecture "
@@ -117,10 +117,14 @@ def _first(token: int | list[int] | None) -> int | None:
 
 
 def _dtype(args, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a GPU that has it, float32 elsewhere (half precision crawls on CPUs)."""
+    """auto: bfloat16 for a causal LM on a GPU that has it, float32 elsewhere.
+
+    Half precision crawls on CPUs, and a classification head is trained in its model's data type.
+    """
     if args.dtype != "auto":
         return getattr(torch, args.dtype)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    is_causal = args.model_type == "causallm"
+    if is_causal and device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     return torch.float32
 

@@ -12,20 +12,24 @@ tensor:
 from __future__ import annotations
 
 import inspect
+import itertools
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
+from huggingface_hub import HfApi
 from jaxtyping import Float, Int
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modelwrappers.model_card import model_card
 from utils.checkpoint import (
     RunFolder,
     read_tensors,
@@ -87,6 +91,7 @@ class WrapperBase(PeftModel):
     """
 
     is_stochastic = False  # whether draws differ; else one forward answers for any number of them
+    posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
 
     def __init__(
         self,
@@ -108,6 +113,8 @@ class WrapperBase(PeftModel):
             run_folder_path(args), accelerator.process_index, accelerator.num_processes
         )
         self.predictions: Predictions | None = None
+        self.answers: list[str] | None = None  # the C choices, in label order
+        self.results: dict[str, dict[str, Any]] = {}  # data set -> its block of metrics.json
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
         self.eval_n_samples = self._final_draws()  # N of `evaluate`
@@ -244,7 +251,8 @@ class WrapperBase(PeftModel):
 
     def training_logits(self, batch: Batch, n_samples: int = 1) -> Float[Tensor, "B N C"]:
         """`forward_logits` by way of the view that synchronises gradients between processes."""
-        return _with_draws(self._view(self.model_inputs(batch), n_samples))
+        with self.accelerator.autocast():
+            return _with_draws(self._view(self.model_inputs(batch), n_samples))
 
     def backward(self, loss: Tensor) -> None:
         """Add this batch's share to the gradients of the current update."""
@@ -299,6 +307,11 @@ class WrapperBase(PeftModel):
         self._wandb_logger = wandb_logger
         if self.is_causal:
             self.target_ids = dataset.target_ids.to(self.accelerator.device)
+        if hasattr(dataset, "task"):
+            self.answers = list(dataset.task.choices)
+        if not self.is_causal and getattr(dataset, "pad_token_id", None) is not None:
+            # a decoder with a classification head looks for the last token that is no padding
+            self.base_model.config.pad_token_id = dataset.pad_token_id
         self.eval_loader = dataset.test_dataloader
         self.num_training_steps = args.max_train_steps
         if args.max_train_steps or args.n_epochs:
@@ -307,7 +320,9 @@ class WrapperBase(PeftModel):
             self.num_training_steps = args.max_train_steps or args.n_epochs * updates_per_epoch
             self.configure_optimizers()
         # What the generators give from here on is the method's noise: other on every process.
-        torch.manual_seed(mix_seed(args.seed_sampling, self.accelerator.process_index))
+        torch.manual_seed(
+            mix_seed("training noise", args.seed_sampling, self.accelerator.process_index)
+        )
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -430,9 +445,9 @@ class WrapperBase(PeftModel):
         return dict(zip(values, stacked.tolist(), strict=True))
 
     def _evaluate_while_training(self, loader: Iterable[Batch]) -> dict[str, float]:
-        limited = _first_batches(loader, self.args.eval_steps) if self.args.eval_steps else loader
+        limited = _spread(loader, self.args.eval_steps) if self.args.eval_steps else loader
         final = self.eval_n_samples
-        self.eval_n_samples = min(final, self.args.bayes_eval_n_samples)
+        self.eval_n_samples = self.args.bayes_eval_n_samples if final else 0
         try:
             metrics = self.evaluate(limited)._asdict()
         finally:
@@ -521,7 +536,9 @@ class WrapperBase(PeftModel):
                     mininterval=1.0,
                 ):
                     batch = send_to_device(batch, device, non_blocking=True)
-                    torch.manual_seed(mix_seed(self.args.seed_sampling, int(batch["index"][0])))
+                    torch.manual_seed(
+                        mix_seed("evaluation", self.args.seed_sampling, int(batch["index"][0]))
+                    )
                     with self.accelerator.autocast():
                         logits = self.forward_logits(
                             self.model_inputs(batch),
@@ -550,7 +567,7 @@ class WrapperBase(PeftModel):
         keep = order[first & (index >= 0)]
         log_probs, labels = log_probs.cpu()[keep], labels.cpu()[keep]
         index = index[first & (index >= 0)]
-        broken = log_probs.isnan().flatten(1).any(1)
+        broken = ~log_probs.isfinite().flatten(1).all(1)
         if broken.any():
             raise RunError(
                 f"the predictions of rows {index[broken].tolist()[:20]} are not numbers; the model "
@@ -609,6 +626,7 @@ class WrapperBase(PeftModel):
                     "modelwrapper": args.modelwrapper,
                 },
             )
+        self.results[name] = block
         write_json(
             folder / "metrics.json",
             {
@@ -618,23 +636,46 @@ class WrapperBase(PeftModel):
                 "updates": self.step,
                 "training_seconds": round(training_seconds, 3),
                 "peak_memory_bytes": peak_memory(self.accelerator.device),
-                "datasets": {name: block},
+                "datasets": self.results,
             },
         )
 
     # --- adapters on disk -------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As PEFT's, but a LoRA on the head does not drag the base model's whole head along.
+        """As PEFT's, with bayes_config.json and a model card; `push_to_hub` sends what this writes.
 
-        Base weights of a classification head that were trained under its LoRA are added.
+        A LoRA on the head does not drag the base model's whole head along; base weights of a
+        classification head that were trained under its LoRA are added.
         """
         kwargs.setdefault("save_embedding_layers", False)
         super().save_pretrained(save_directory, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        config = self.bayes_config()
+        write_json(Path(save_directory) / "bayes_config.json", config)
+        (Path(save_directory) / "README.md").write_text(model_card(config), encoding="utf-8")
         extra = self._trained_base_tensors()
         if extra:
             file = Path(save_directory) / ADAPTER_FILE
             write_tensors(file, read_tensors(file) | extra, {"format": "pt"})
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token=None, **kwargs) -> str:
+        """Send adapter, posterior and model card to a hub repo, made if it does not exist.
+
+        Args:
+            repo_id: "owner/name".
+            private: whether a new repo is private; None leaves it to the owner's settings.
+            token: of the hub; None takes the stored one.
+            kwargs: of `HfApi.upload_folder`, such as `commit_message` and `path_in_repo`.
+        Returns:
+            the commit's address.
+        """
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
 
     def save_adapter(self, folder: Path) -> None:
         """Adapter and bayes_config.json, each file replaced in one step (on the main process)."""
@@ -644,7 +685,6 @@ class WrapperBase(PeftModel):
         temporary = folder / ".adapter"
         try:
             self.save_pretrained(str(temporary))
-            write_json(temporary / "bayes_config.json", self.bayes_config())
         except Exception as error:
             if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
                 raise RunError(
@@ -670,9 +710,12 @@ class WrapperBase(PeftModel):
             "model_type": args.model_type,
             "dataset": args.dataset,
             "dataset_type": args.dataset_type,
-            "choices": list(self.dataset.task.choices) if hasattr(self.dataset, "task") else None,
+            "choices": self.answers,
             "target_ids": self.target_ids.tolist() if self.target_ids is not None else None,
-            "n_draws": args.bayes_eval_n_samples_final if self.is_stochastic else 1,
+            "pad_token_id": self.base_model.config.pad_token_id,
+            "n_draws": max(1, self._final_draws()),
+            "metrics": self.results,
+            "flags": {name: getattr(args, name) for name in self.posterior_flags},
             **self.method_config(),
         }
 
@@ -694,8 +737,8 @@ class WrapperBase(PeftModel):
         if missing:
             raise UsageError(
                 f"--load-lora-path: {folder} has no weights for {missing[0]}"
-                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; it was made for "
-                f"another architecture than {self.args.model}."
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: it was made for "
+                f"another architecture than {self.args.model}, or saved without its trained head."
             )
         for key, value in expected.items():
             if tensors[key].shape != value.shape:
@@ -729,11 +772,9 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _first_batches(loader: Iterable[Batch], number: int) -> Iterator[Batch]:
-    for position, batch in enumerate(loader):
-        if position == number:
-            return
-        yield batch
+def _spread(loader: Iterable[Batch], number: int) -> Iterator[Batch]:
+    """About `number` batches from all over: the first ones would be the longest rows."""
+    return itertools.islice(loader, 0, None, max(1, len(loader) // number))
 
 
 def _parents(name: str) -> list[str]:

@@ -131,6 +131,7 @@ def test_unknown_method_suggests_the_nearest():
         ("--lr nan", ["--lr", "greater than 0"]),
         ("--lora-r 0", ["--lora-r", "at least 1"]),
         ("--max-seq-len 0", ["--max-seq-len"]),
+        ("--seed 4294967296", ["--seed", "2^32"]),
         ("--max-train-steps -1", ["--max-train-steps", "at least 0"]),
         ("--warmup-ratio 1.5", ["--warmup-ratio", "between 0 and 1"]),
         ("--model-type seqcls", ["mcdataset", "seqcls", "causallm"]),
@@ -158,9 +159,23 @@ def test_missing_flags_are_named(missing):
 
 def test_config_gives_defaults_that_flags_override(tmp_path):
     file = tmp_path / "args.json"
-    file.write_text(json.dumps({"args": parse_args([*BASE, "--lr", "3e-3"]).as_dict()}))
-    args = parse_args(["--config", str(file), "--seed", "5"])
-    assert (args.lr, args.seed, args.dataset) == (3e-3, 5, "obqa")
+    stored = parse_args([*BASE, "--lr", "3e-3", "--checkpoint", "--target-modules", "a", "b"])
+    file.write_text(json.dumps({"args": stored.as_dict(), "given": stored.given}))
+    args = parse_args(["--config", str(file), "--seed", "5", "--load-in-8bit"])
+    assert (args.lr, args.seed, args.dataset, args.checkpoint) == (3e-3, 5, "obqa", True)
+    assert args.target_modules == ["a", "b"]
+    assert (args.seed_data, args.quantization) == (5, "8bit"), "derived from the new flags"
+
+
+def test_stored_flags_pass_the_same_checks(tmp_path):
+    file = tmp_path / "args.json"
+    file.write_text(json.dumps({"given": parse_args(BASE).given | {"lr": -1}}))
+    with pytest.raises(UsageError, match="greater than 0"):
+        parse_args(["--config", str(file)])
+
+
+def test_a_methods_name_may_be_written_in_capitals():
+    assert parse_args([*BASE[:-1], "MAP"]).opt_wd == 1e-5
 
 
 def test_config_with_an_unknown_flag_is_an_error(tmp_path):

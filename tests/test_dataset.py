@@ -202,6 +202,14 @@ def test_a_row_without_choices_is_an_error(tiny_llama, tmp_path):
         _ = multiple_choice(tiny_llama, tmp_path, task="ARC-Easy").train_rows
 
 
+@pytest.mark.parametrize("key", ["E", "0", "9", "Z", ""])
+def test_an_answer_outside_the_choices_is_an_error(tiny_llama, tmp_path, key):
+    row = {"question_stem": "q", "choices": ARC_ROW["choices"], "answerKey": key}
+    write_jsonl(tmp_path / "train.jsonl", [row])
+    with pytest.raises(UsageError, match=r"train.jsonl:1: unknown label"):
+        _ = multiple_choice(tiny_llama, tmp_path, task="obqa").train_rows
+
+
 def test_missing_split_file_names_what_was_looked_for(tiny_llama, tmp_path):
     with pytest.raises(UsageError, match=r"has none of train.jsonl, train.json"):
         _ = multiple_choice(tiny_llama, tmp_path).train_rows

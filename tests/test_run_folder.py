@@ -87,6 +87,21 @@ def test_resume_without_a_state_starts_from_the_beginning(causal_flags):
     assert main.main([*flags, "--resume"]) == main.main([*flags, "--log-path", "other"])
 
 
+def test_resuming_a_finished_run_changes_nothing(causal_flags, capsys):
+    flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "3"]
+    metrics = main.main(flags)
+    before = (run_folder(flags) / "metrics.json").stat().st_mtime_ns
+    assert main.main([*flags, "--resume"]) == metrics
+    assert (run_folder(flags) / "metrics.json").stat().st_mtime_ns == before
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_failure_is_in_the_log(causal_flags, tmp_path):
+    flags = [*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(tmp_path)]
+    assert main.run(flags) == 2
+    assert "no adapter_config.json" in (run_folder(flags) / "log.txt").read_text()
+
+
 def interrupted(flags) -> Path:
     """A folder as a kill after update 2 leaves it."""
     args, _, wrapper = build(flags)

@@ -21,10 +21,11 @@ from utils.registry import did_you_mean
 # Flags of existing command lines that have nothing left to do here, and why.
 WITHOUT_EFFECT = {
     "evaluate": "every run ends with an evaluation",
+    "add_space": "answers are written as the tokenizer needs them, with or without a space",
     "is_s2s": "only decoder-only and encoder models are fine-tuned here",
     "lm_head": "--apply-classhead-lora adapts the head",
-    "validation": "--testing-set train_val holds out a part of the training set",
-    "validation_perc": "--testing-set train_val holds out a part of the training set",
+    "validation": "--testing-set says what is evaluated",
+    "validation_perc": "--testing-set says what is evaluated",
     "evaluate_uncertainty": "predictions.safetensors keeps every draw",
     "evaluate_uncertainty_reduction": "predictions.safetensors keeps every draw",
 }
@@ -46,7 +47,9 @@ class Args(argparse.Namespace):
         super().__setattr__(name, value)
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        """Every flag with the value that the run uses. `given` has only those that were passed."""
+        hidden = {"given", "_frozen"}
+        return {key: value for key, value in vars(self).items() if key not in hidden}
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +106,7 @@ def _number(convert: type, minimum: float, maximum: float, exclusive: bool, rule
 
 positive_int = _number(int, 1, math.inf, False, "a whole number of at least 1")
 count = _number(int, 0, math.inf, False, "a whole number of at least 0")
+seed = _number(int, 0, 2**32 - 1, False, "a whole number between 0 and 2^32 - 1")
 positive_float = _number(float, 0, 1e30, True, "a number greater than 0")
 nonnegative_float = _number(float, 0, 1e30, False, "a number of at least 0")
 fraction = _number(float, 0, 1, False, "a number between 0 and 1")
@@ -122,10 +126,10 @@ def add_switch(group, *names: str, help: str, default: bool = False) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--modelwrapper", metavar="METHOD", help="a method's name, or FILE.py:CLASS")
-    run.add_argument("--seed", type=count, default=1, help="seed of weights and everything below")
-    run.add_argument("--seed-data", type=count, help="seed of the training order (default: --seed)")
+    run.add_argument("--seed", type=seed, default=1, help="seed of weights and everything below")
+    run.add_argument("--seed-data", type=seed, help="seed of the training order (default: --seed)")
     run.add_argument(
-        "--seed-sampling", type=count, help="seed of the posterior's draws (default: --seed)"
+        "--seed-sampling", type=seed, help="seed of the posterior's draws (default: --seed)"
     )
     run.add_argument("--config", metavar="FILE", help="a stored args.json to run again")
     run.add_argument("--output-dir", default="checkpoints", help="root of all run folders")
@@ -146,10 +150,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--wandb-project", default="bayesian-peft")
     run.add_argument("--wandb-name", default="", help="default: the run folder's name")
     for name, reason in WITHOUT_EFFECT.items():
-        spelling = f"--{name}" if name == "is_s2s" else f"--{name.replace('_', '-')}"
         run.add_argument(
-            spelling, dest=name, nargs="?", const=True, default=None, help=f"no effect: {reason}"
+            _spelling(name),
+            dest=name,
+            nargs="?",
+            const=True,
+            default=None,
+            help=f"no effect: {reason}",
         )
+
+
+def _spelling(name: str) -> str:
+    return f"--{name}" if name == "is_s2s" else f"--{name.replace('_', '-')}"
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,7 +249,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--limit-eval", type=count, default=0, help="first rows only; 0: all")
     add_switch(data, "--pad-to-max-length", help="pad every batch to --max-seq-len")
     add_switch(data, "--use-slow-tokenizer", help="the tokenizer's Python version")
-    add_switch(data, "--add-space", help="answers get a leading space (default: as needed)")
 
 
 def build_parser(add_method_arguments: Callable[[argparse.ArgumentParser], None]) -> Parser:
@@ -256,7 +267,7 @@ def build_parser(add_method_arguments: Callable[[argparse.ArgumentParser], None]
 
 
 def first_pass(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """The method that is meant, and the flags of `--config`."""
+    """The method that is meant, and the flags that `--config`'s run was given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--modelwrapper")
     parser.add_argument("--config")
@@ -267,10 +278,10 @@ def first_pass(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     config: dict[str, Any] = {}
     if known.config is not None:
         stored = read_json(Path(known.config), "--config")
-        config = stored.get("args") if isinstance(stored, dict) else None
+        config = stored.get("given", stored.get("args")) if isinstance(stored, dict) else None
         if not isinstance(config, dict):
             raise UsageError(
-                f"--config: {known.config} is not a run's args.json: it has no object 'args'."
+                f"--config: {known.config} is not a run's args.json: it has no object 'given'."
             )
     return known.modelwrapper or config.get("modelwrapper"), config
 
@@ -286,16 +297,14 @@ def finish(
     Raises:
         UsageError: unknown flags, broken rules, contradictions (both flags are named).
     """
-    known = {action.dest for action in parser._actions}
-    for key in config:
-        if key not in known:
-            raise UsageError(f"--config: unknown flag '{key}'{did_you_mean(key, known)}")
-    parser.set_defaults(**config)
-    args = parser.parse_strictly(argv, Args())
+    args = parser.parse_strictly([*_as_argv(parser, config), *argv], Args())
+    args.given = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
+    if ".py:" not in (args.modelwrapper or ""):
+        args.modelwrapper = (args.modelwrapper or "").lower()
 
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(args, name) is not None:
-            notice_once(f"--{name.replace('_', '-')} has no effect: {reason}.")
+            notice_once(f"{_spelling(name)} has no effect: {reason}.")
     for required in ("modelwrapper", "dataset", "model"):
         if not getattr(args, required):
             raise UsageError(f"--{required} is missing; see `python main.py --help`.")
@@ -337,6 +346,19 @@ def finish(
         args.lora_alpha = 16 if args.lora_alpha is None else args.lora_alpha
         args.lora_dropout = 0.0 if args.lora_dropout is None else args.lora_dropout
     return args.freeze()
+
+
+def _as_argv(parser: Parser, config: dict[str, Any]) -> list[str]:
+    """Stored flags as a command line: so they pass the same checks as any other."""
+    spellings = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
+    argv: list[str] = []
+    for key, value in config.items():
+        if key not in spellings:
+            raise UsageError(f"--config: unknown flag '{key}'{did_you_mean(key, spellings)}")
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            argv += [spellings[key], *map(str, values)]
+    return argv
 
 
 def _match_types(args: Args) -> None:

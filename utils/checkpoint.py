@@ -1,6 +1,6 @@
 """A run's folder: atomic files, and a training state that survives a kill at any moment.
 
-Layout: DESIGN.md of the project, or the README's section "A run's folder". Nothing is pickled:
+Layout: the README's section "A run's folder". Nothing is pickled:
 tensors are safetensors, everything else is JSON.
 """
 
@@ -198,7 +198,8 @@ class RunFolder:
             if not stored_file.is_file():
                 return
             stored = read_json(stored_file, "--resume")["args"]
-            free = {"resume", "overwrite", "config", "tracker", "save_per_steps"}
+            free = {"resume", "overwrite", "config", "tracker", "nowand", "save_per_steps"}
+            free |= {"wandb_entity", "wandb_project", "wandb_name"}
             differing = [
                 f"--{key.replace('_', '-')} is {getattr(args, key)!r}, the stored run has {value!r}"
                 for key, value in stored.items()
@@ -218,10 +219,20 @@ class RunFolder:
         elif (self.path / "metrics.json").is_file():
             logger.info("%s holds an earlier run: its files are replaced.", self.path)
 
-    def clear(self) -> None:
+    def finished(self) -> dict[str, Any] | None:
+        """The metrics of each data set, if a run came to its end here."""
+        file = self.path / "metrics.json"
+        if self.states or not file.is_file():
+            return None
+        return read_json(file, "--resume")["datasets"]
+
+    def clear(self, keep_adapter: bool) -> None:
         """Forget an earlier run's states and results, before a new run begins."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
-        for name in ("history.jsonl", "metrics.json", "log.txt"):
+        names = ["history.jsonl", "metrics.json", "predictions.safetensors", "log.txt"]
+        if not keep_adapter:
+            names += ["adapter_model.safetensors", "adapter_config.json", "bayes_config.json"]
+        for name in names:
             (self.path / name).unlink(missing_ok=True)
 
     # history

@@ -23,8 +23,12 @@ def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
     terminal = logging.StreamHandler(sys.stdout)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(terminal)
+    terminal.addFilter(lambda record: record.levelno < logging.ERROR)
+    errors = logging.StreamHandler(sys.stderr)
+    errors.setLevel(logging.ERROR)
+    for handler in (terminal, errors):
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
     if log_file is not None and is_main_process:
         file = logging.FileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

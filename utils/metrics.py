@@ -1,7 +1,7 @@
 """What a set of predictions is worth: pure functions of `(log_probs, labels)`.
 
 `log_probs (n, C)` are natural logarithms of class probabilities, `labels (n,)` class indices. Every
-function is computed once over all n examples, in float64.
+function is computed once over all n examples, in float64 (the ECE's bins in float32).
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def expected_calibration_error(
 
     $\sum_b \frac{n_b}{n} |\mathrm{acc}(b) - \mathrm{conf}(b)|$ over `num_bins` bins of confidence.
     """
-    probs = log_probs.double().exp()
+    # Rounding may leave a probability above 1, which torchmetrics would take for logits.
+    probs = log_probs.double().exp().clamp(max=1.0)
     ece = multiclass_calibration_error(probs, labels, probs.shape[-1], n_bins=num_bins, norm="l1")
     return ece.item()
 

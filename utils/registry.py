@@ -13,9 +13,9 @@ from utils.errors import UsageError
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'blob'?"`, or an empty string where nothing is close."""
+    """`"; did you mean 'blob'?"`, or a full stop where nothing is close."""
     close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{close[0]}'?" if close else "."
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:

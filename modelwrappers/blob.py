@@ -1,0 +1,172 @@
+r"""BLoB: Bayesian low-rank adaptation by backpropagation (arXiv 2406.11675, NeurIPS 2024).
+
+Mean and standard deviation of LoRA's A are trained together. The ELBO's two terms have an optimizer
+each; one update is, in this order:
+
+1. backward of the NLL; AdamW steps on M and B (and a trained head), never on G;
+2. backward of $\pi KL$ at the updated M; SGD steps on M with $\pi\, \partial KL / \partial M$ and
+   on G with $\partial NLL / \partial G + \pi\, \partial KL / \partial G$.
+
+Both follow linear warm-up and decay. The KL's weight is $\pi_i = 2^i / (2^{M+1} - 1)$ over cycles
+of M updates (`--bayes-klreweighting`), else $1/M$.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelwrappers.stochastic_lora import (
+    FLIPOUT,
+    RHO,
+    Draws,
+    add_kl_gradients,
+    attach_posterior,
+    kl_divergence,
+    posterior_parameters,
+)
+from modelwrappers.wrapperbase import Batch, Predictions, WrapperBase
+from utils.args import add_switch, nonnegative_float, positive_float
+from utils.logging import logger, notice_once
+from utils.optim import build_optimizer, linear_schedule
+
+
+class BLoB(WrapperBase):
+    """Gaussian posterior on A, trained by backpropagation."""
+
+    is_stochastic = True
+    posterior_flags = ("bayes_beta", "flipout", "bayes_inference_notsample")
+
+    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
+        super().__init__(model, peft_config, args, accelerator, adapter_name)
+        self.draws = Draws(args.flipout)
+        attach_posterior(self, adapter_name, args.bayes_eps, self.draws)
+        self.kl_step = 0  # updates of the KL's weight done
+        self.num_kl_batches = 1
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    @classmethod
+    def add_arguments(cls, parser) -> None:
+        group = parser.add_argument_group("BLoB")
+        group.add_argument(
+            "--bayes-eps", type=positive_float, default=0.05, help="G starts in [eps/sqrt(2), eps]"
+        )
+        group.add_argument(
+            "--bayes-beta", type=positive_float, default=0.2, help="standard deviation of the prior"
+        )
+        group.add_argument(
+            "--bayes-kllr", type=nonnegative_float, default=0.02, help="learning rate of the KL"
+        )
+        group.add_argument(
+            "--bayes-gamma", type=positive_float, default=8.0, help="of --bayes-datasetrescaling"
+        )
+        add_switch(group, "--bayes-klreweighting", help="KL weight doubles within each cycle")
+        add_switch(group, "--bayes-datasetrescaling", help="cycle length from the data set's size")
+        group.add_argument(
+            "--flipout", choices=FLIPOUT, default="token", help="what gets its own random signs"
+        )
+        for name in ("--bayes-final-beta", "--bayes-flipout"):
+            group.add_argument(name, nargs="?", const=True, help="no effect: see the README")
+
+    @classmethod
+    def check_arguments(cls, args) -> None:
+        if args.bayes_final_beta is not None:
+            notice_once("--bayes-final-beta has no effect: the prior's width is --bayes-beta.")
+        if args.bayes_flipout is not None:
+            notice_once(
+                "--bayes-flipout has no effect: signs per token are the default, see --flipout."
+            )
+
+    def sampling(self, n_samples: int) -> AbstractContextManager:
+        return self.draws.stacked(n_samples)
+
+    def configure_optimizers(self) -> None:
+        args = self.args
+        self.means, self.rhos = posterior_parameters(self, self.active_adapter)
+        on_nll = [(name, p) for name, p in self.trainable_parameters() if f".{RHO}." not in name]
+        self.optimizers = {
+            "lora": build_optimizer(on_nll, args.opt, args.lr, args.opt_wd, args.adam_epsilon),
+            "kl": torch.optim.SGD([*self.means, *self.rhos], lr=args.bayes_kllr),
+        }
+        self.schedulers = {
+            key: linear_schedule(optimizer, self.num_training_steps, args.warmup_ratio)
+            for key, optimizer in self.optimizers.items()
+        }
+        self.num_kl_batches = self._cycle_length()
+
+    def optimizer_step(self) -> dict[str, float | Tensor]:
+        lora, kl = self.optimizers["lora"], self.optimizers["kl"]
+        lora.step()
+        lora.zero_grad(set_to_none=True)  # G keeps the NLL's gradient
+        self.kl_step += 1
+        weight = self.kl_weight(self.kl_step)
+        value = weight * kl_divergence(self.means, self.rhos, self.args.bayes_beta)
+        add_kl_gradients(self.means, self.rhos, self.args.bayes_beta, weight)
+        kl.step()
+        kl.zero_grad(set_to_none=True)
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        return {"kl": value}
+
+    def predict(self, eval_loader: Iterable[Batch]) -> Predictions:
+        if self.args.flipout != "none" or self.eval_n_samples == 0:
+            return super().predict(eval_loader)
+        with self.draws.fixed(self.eval_n_samples, self.args.seed_sampling):
+            return super().predict(eval_loader)
+
+    def method_state(self) -> dict[str, Any]:
+        return {"kl_step": self.kl_step}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        self.kl_step = state["kl_step"]
+
+    def method_config(self) -> dict[str, Any]:
+        return {
+            "prior_std": self.args.bayes_beta,
+            "parametrisation": "std = lora_A_rho^2",
+        }
+
+    # --- the KL's weight --------------------------------------------------------------------------
+
+    def _cycle_length(self) -> int:
+        """M, in updates: an epoch, or, with --bayes-datasetrescaling, by the data set's size.
+
+        100 n^(pi/gamma) / (processes x batch size), as published; accumulated batches count as one.
+        """
+        args = self.args
+        if not args.bayes_datasetrescaling:
+            return max(1, -(-len(self.train_loader) // args.grad_accum_steps))
+        scale = 100 * self.dataset.num_samples ** (math.pi / args.bayes_gamma)
+        rows = args.batch_size * args.grad_accum_steps
+        return max(1, int(scale / self.accelerator.num_processes / rows))
+
+    def kl_weight(self, step: int) -> float:
+        """pi of the update `step`, counted from 1; a cycle's weights add up to 1 (nearly)."""
+        length = self.num_kl_batches
+        if not self.args.bayes_klreweighting:
+            return 1 / length
+        position = (step - 1) % length + 1
+        # 2^i / (2^(M+1) - 1), divided through by 2^(M+1): M may be in the thousands
+        return 2.0 ** (position - length - 1) / (1 - 2.0 ** -(length + 1))
+
+    # --- adapters on disk -------------------------------------------------------------------------
+
+    def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = super()._adapter_tensors(tensors)
+        if any(key.endswith(RHO) for key in tensors):
+            return tensors
+        logger.info(
+            "The adapter has no %s: it is a point estimate. Its spread starts from --bayes-eps %g.",
+            RHO,
+            self.args.bayes_eps,
+        )
+        own = self.named_parameters()
+        return tensors | {
+            name.removesuffix(".default"): p.detach() for name, p in own if f".{RHO}." in name
+        }

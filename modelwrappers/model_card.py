@@ -1,0 +1,61 @@
+"""The README.md of an adapter on the hub: which method, which data, which metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TEMPLATE = """---
+library_name: peft
+base_model: {model}
+tags:
+- lora
+- uncertainty
+- calibration
+- {modelwrapper}
+---
+
+# {modelwrapper} posterior over a LoRA adapter of {model}
+
+- Method: `{modelwrapper}`{settings}
+- Data: `{dataset}`, answers {choices}
+- Prediction: mean probability over {n_draws} draw(s)
+
+{metrics}
+
+## Use
+
+With the Bayesian PEFT project, posterior included:
+
+```python
+from modelwrappers import load_posterior
+
+posterior = load_posterior("<this repository or a local folder>")
+logits = posterior.forward_logits(posterior.model_inputs(batch), n_samples={n_draws})  # (B, N, C)
+```
+
+With PEFT alone, `PeftModel.from_pretrained` reads the posterior mean.
+"""
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """The card of an adapter, from its bayes_config.json."""
+    lines = ["No evaluation is stored with this adapter."]
+    if config["metrics"]:
+        lines = [
+            "| data set | split | n | draws | ACC | ECE | NLL | Brier |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, block in config["metrics"].items():
+            numbers = " | ".join(f"{block[key]:.4f}" for key in ("acc", "ece", "nll", "brier"))
+            count, draws = block.get("n_examples", "?"), block.get("n_draws", "?")
+            lines.append(f"| {name} | {block['split']} | {count} | {draws} | {numbers} |")
+    flags = ", ".join(f"{key} {value}" for key, value in config.get("flags", {}).items())
+    return TEMPLATE.format(
+        model=config["model"],
+        modelwrapper=config["modelwrapper"],
+        settings=f" ({flags})" if flags else "",
+        dataset=config["dataset"],
+        choices=", ".join(config["choices"] or ["unknown"]),
+        n_draws=config["n_draws"],
+        metrics="\n".join(lines),
+    )

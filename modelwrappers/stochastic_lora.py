@@ -1,0 +1,326 @@
+r"""A Gaussian posterior on LoRA's A, for every kind of layer; only this file touches PEFT's seam.
+
+A LoRA layer computes $W_0 x + s B A x$. Here $q(A) = \prod_{ij} N(A_{ij} | M_{ij}, \Omega_{ij}^2)$:
+the mean M is PEFT's own `lora_A` weight, the standard deviation is $\Omega = G \circ G$ with G
+stored beside it as `lora_A_rho` (the name that published adapters use). B stays a point estimate.
+N draws are one forward: the caller stacks the batch N times, each layer splits it again.
+
+PEFT's `LoraVariant` is officially private (0.21): `tests/test_stochastic_lora.py` holds the
+contract for each backend, requirements.txt pins the versions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+from utils.errors import UsageError
+from utils.seeding import mix_seed
+
+RHO = "lora_A_rho"
+# Layers of PEFT whose forward consults `lora_variant`. Others (AWQ, AQLM, EETQ, INC, convolutions,
+# mixture-of-experts parameters) would silently compute the mean.
+SUPPORTED_LAYERS = ("Linear", "Linear8bitLt", "Linear4bit", "Embedding")
+FLIPOUT = ("token", "example", "none")
+
+
+class Draws:
+    """What all stochastic layers of a model share: how many draws the next forward is stacked of.
+
+    Attributes:
+        n_samples: N; 0 for the posterior mean.
+        flipout: which rows share a draw. "none": all rows of a draw see the same weights, so a
+            forward is N true draws. "example", "token": random signs decorrelate the rows or tokens
+            (arXiv 1803.04386), the marginal of each stays as it is.
+    """
+
+    def __init__(self, flipout: str = "token") -> None:
+        self.n_samples = 0
+        self.flipout = flipout
+        self._fixed: dict[int, Tensor] | None = None
+        self._seed = 0
+        self._total = 0
+        self._first = 0
+
+    @contextmanager
+    def stacked(self, n_samples: int) -> Iterator[None]:
+        """Forwards in this context take a batch stacked `n_samples` times; 0 is the mean."""
+        before = self.n_samples
+        self.n_samples = n_samples
+        try:
+            yield
+        finally:
+            self.n_samples = before
+            if before == 0:  # the next stack of the same evaluation goes on with the next draws
+                self._first += n_samples
+
+    @contextmanager
+    def fixed(self, total: int, seed: int) -> Iterator[None]:
+        """Stacks in this context cycle through the same `total` draws of the noise.
+
+        Without flipout the n-th draw is then one set of weights for a whole data set, on whatever
+        process.
+        """
+        self._fixed, self._total, self._first, self._seed = {}, total, 0, seed
+        try:
+            yield
+        finally:
+            self._fixed = None
+
+    def noise(self, owner: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Standard Gaussian noise (N, *shape), one slice per draw.
+
+        Args:
+            owner: identifies the layer.
+            shape: of one draw.
+            like: gives data type and device.
+        """
+        if self._fixed is None:
+            return torch.randn(self.n_samples, *shape, dtype=like.dtype, device=like.device)
+        if owner not in self._fixed:
+            # Layers ask in the order of the forward: the same everywhere, unlike their ids.
+            generator = torch.Generator(like.device)
+            generator.manual_seed(mix_seed("fixed draws", self._seed, len(self._fixed)))
+            self._fixed[owner] = torch.randn(
+                self._total, *shape, dtype=like.dtype, device=like.device, generator=generator
+            )
+        first = self._first % self._total
+        return self._fixed[owner][first : first + self.n_samples]
+
+
+class GaussianLora(LoraVariant):
+    r"""LoRA whose A is Gaussian: $W_0 x + s B (M x + u \circ ((\Omega \circ E)(t \circ x)))$.
+
+    E is standard Gaussian, one per draw; t and u are Flipout's signs; one dropout mask serves both
+    terms. PEFT calls the methods on the instance that `lora_variant[adapter]` holds.
+    """
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+
+    def forward(
+        self, module, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs
+    ) -> Tensor:
+        """The layer's output.
+
+        Args:
+            x: (N*B, ..., in) inputs, or (N*B, T) token ids of an embedding.
+            result: what the base layer gives for them, (N*B, ..., out).
+        """
+        if active_adapter in module.lora_embedding_A:
+            delta = self._embedding(module, active_adapter, x)
+        else:
+            delta = self._linear(module, active_adapter, x)
+        return result + delta * module.scaling[active_adapter]
+
+    def _linear(self, module, adapter: str, x: Tensor) -> Tensor:
+        weight = module.lora_A[adapter].weight  # (r, in)
+        x = module.lora_dropout[adapter](x)
+        hidden = nn.functional.linear(x, weight)  # (N*B, ..., r)
+        draws = self.draws
+        if draws.n_samples:
+            std = getattr(module, RHO)[adapter].square()
+            noise = std * draws.noise(id(module), weight.shape, weight)  # (N, r, in)
+            flipped = flip_signs(x, draws.flipout)
+            stacked = flipped.reshape(draws.n_samples, -1, x.shape[-1])  # (N, B*..., in)
+            noisy = torch.bmm(stacked, noise.mT.to(stacked.dtype)).view(hidden.shape)
+            hidden = hidden + flip_signs(noisy, draws.flipout)
+        return module.lora_B[adapter](hidden)
+
+    def _embedding(self, module, adapter: str, ids: Tensor) -> Tensor:
+        mean = module.lora_embedding_A[adapter].T  # (V, r)
+        hidden = nn.functional.embedding(ids, mean)  # (N*B, T, r)
+        draws = self.draws
+        if draws.n_samples:
+            # A token is a one-hot input: only the columns of A that occur need noise.
+            used, position = ids.unique(return_inverse=True)
+            if draws._fixed is None:
+                noise = draws.noise(id(module), (len(used), mean.shape[1]), mean)  # (N, U, r)
+            else:
+                noise = draws.noise(id(module), tuple(mean.shape), mean)[:, used]
+            std = getattr(module, RHO)[adapter].T[used].square()  # (U, r)
+            position = position.view(draws.n_samples, -1)  # (N, B*T)
+            rows = torch.arange(draws.n_samples, device=ids.device)[:, None]
+            noisy = (std * noise)[rows, position].view(hidden.shape)
+            # The input's sign and the output's are one sign per component here.
+            hidden = hidden + flip_signs(noisy, draws.flipout)
+        delta = hidden @ module.lora_embedding_B[adapter].T
+        scale = module._get_embed_scale()
+        return delta if scale is None else delta * scale.to(delta.dtype)
+
+    # Merging is into the mean: a merged model is the deterministic one.
+
+    def merge_safe(self, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight)
+
+    def merge_unsafe(self, module, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight)
+
+    def unmerge(self, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight)
+
+
+# --- random signs ---------------------------------------------------------------------------------
+
+
+def flip_signs(x: Tensor, flipout: str) -> Tensor:
+    """Multiply x (rows, ..., d) with random signs, new ones per "token", per "example", or none."""
+    if flipout == "none":
+        return x
+    words = -(-x.shape[-1] // 32)
+    shape = x.shape[:-1] if flipout == "token" else (x.shape[0], *[1] * (x.dim() - 2))
+    bits = torch.randint(
+        -(2**31), 2**31, (*shape, words), dtype=torch.int32, device=x.device
+    )  # 32 signs in a word
+    return _FlipSigns.apply(x, bits)
+
+
+class _FlipSigns(torch.autograd.Function):
+    """x with the sign bit of each component flipped where its random bit is set.
+
+    One random word gives 32 signs, and only the words are kept for backward: drawing and keeping a
+    float of +1 or -1 for each component would cost 32 times as much of both.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bits: Tensor) -> Tensor:
+        ctx.save_for_backward(bits)
+        return _xor_signs(x, bits)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (bits,) = ctx.saved_tensors
+        return _xor_signs(grad, bits), None
+
+
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+def _xor_signs(x: Tensor, bits: Tensor) -> Tensor:
+    integer = _INTEGERS[x.dtype]
+    sign_bit = torch.iinfo(integer).min
+    shifts = torch.arange(32, dtype=torch.int32, device=x.device)
+    mask = (bits.unsqueeze(-1) << shifts).flatten(-2)[..., : x.shape[-1]]
+    if integer == torch.int32:
+        mask = mask & sign_bit
+    else:  # an arithmetic shift by 31 spreads the chosen bit over the whole word
+        mask = (mask >> 31).to(integer) & sign_bit
+    return (x.contiguous().view(integer) ^ mask).view(x.dtype)
+
+
+# --- the posterior of a model ---------------------------------------------------------------------
+
+
+def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -> None:
+    r"""Give every LoRA layer a Gaussian posterior, $G \sim U(\epsilon / \sqrt 2, \epsilon)$.
+
+    Args:
+        model: a PEFT model.
+        adapter: the adapter's name.
+        eps: upper end of G's initial values; the standard deviation is G squared.
+        draws: shared by all layers.
+    Raises:
+        UsageError: a layer's backend would skip the noise, or is a LoRA variant already.
+    """
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+    ]
+    for name, module in layers:
+        kind = type(module).__name__
+        if kind not in SUPPORTED_LAYERS:
+            raise UsageError(
+                f"the layer {name} is a PEFT {kind}, which would skip the noise of the posterior; "
+                f"supported are {', '.join(SUPPORTED_LAYERS)}: load the base model unquantised or "
+                "with --quantization 8bit or 4bit, or choose other --target-modules."
+            )
+        if adapter in module.lora_variant:
+            raise UsageError(
+                f"the layer {name} already is a {type(module.lora_variant[adapter]).__name__}; a "
+                "Gaussian posterior goes on plain LoRA only."
+            )
+    for _, module in layers:
+        if not hasattr(module, RHO):
+            setattr(module, RHO, nn.ParameterDict())
+            module.adapter_layer_names = (*module.adapter_layer_names, RHO)
+        mean = posterior_mean(module, adapter)
+        rho = torch.empty_like(mean).uniform_(eps / math.sqrt(2), eps)
+        getattr(module, RHO)[adapter] = nn.Parameter(rho, requires_grad=mean.requires_grad)
+        module.lora_variant[adapter] = GaussianLora(draws)
+
+
+def posterior_mean(module: LoraLayer, adapter: str) -> nn.Parameter:
+    """M of a layer: PEFT's own lora_A."""
+    if adapter in module.lora_embedding_A:
+        return module.lora_embedding_A[adapter]
+    return module.lora_A[adapter].weight
+
+
+def posterior_parameters(
+    model: nn.Module, adapter: str
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(all M, all G) of the model's stochastic layers, in the same order."""
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+        and isinstance(module.lora_variant.get(adapter), GaussianLora)
+    ]
+    return (
+        [posterior_mean(module, adapter) for module in layers],
+        [getattr(module, RHO)[adapter] for module in layers],
+    )
+
+
+def kl_divergence(means: list[Tensor], rhos: list[Tensor], prior_std: float) -> Tensor:
+    r"""KL from the posterior to the prior $N(0, \sigma_p^2)$, summed over all entries and layers.
+
+    $\sum \log(\sigma_p / \Omega) + (\Omega^2 + M^2) / (2 \sigma_p^2) - 1/2$, with $\Omega = G^2$
+    (BLoB, arXiv 2406.11675: it equals the KL of the full weights' posterior to a low-rank prior).
+
+    Returns:
+        a float64 scalar.
+    """
+    with torch.no_grad():
+        squares = torch.stack(torch._foreach_norm(means)).double().square().sum()
+        variances = torch.stack(torch._foreach_norm(torch._foreach_pow(rhos, 2))).double()
+        logs = torch._foreach_log(torch._foreach_abs(rhos))
+        log_std = 2 * torch.stack([log.sum() for log in logs]).double().sum()
+        count = sum(rho.numel() for rho in rhos)
+        quadratic = (squares + variances.square().sum()) / (2 * prior_std**2)
+        return count * (math.log(prior_std) - 0.5) - log_std + quadratic
+
+
+def add_kl_gradients(
+    means: list[nn.Parameter], rhos: list[nn.Parameter], prior_std: float, weight: float
+) -> None:
+    r"""Add `weight` times the gradient of `kl_divergence` to `.grad`, in closed form.
+
+    $\partial KL / \partial M = M / \sigma_p^2$ and
+    $\partial KL / \partial G = 2 G^3 / \sigma_p^2 - 2 / G$.
+    """
+    with torch.no_grad():
+        for parameter in (*means, *rhos):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        precision = 1 / prior_std**2
+        torch._foreach_add_(
+            [p.grad for p in means], [p.data for p in means], alpha=weight * precision
+        )
+        gradients = [p.grad for p in rhos]
+        values = [p.data for p in rhos]
+        torch._foreach_add_(gradients, torch._foreach_pow(values, 3), alpha=2 * weight * precision)
+        torch._foreach_sub_(gradients, torch._foreach_reciprocal(values), alpha=2 * weight)
