@@ -127,10 +127,12 @@ class GaussianLora(LoraVariant):
         if draws.n_samples:
             std = getattr(module, RHO)[adapter].square()
             noise = std * draws.noise(id(module), weight.shape, weight)  # (N, r, in)
-            flipped = flip_signs(x, draws.flipout)
-            stacked = flipped.reshape(draws.n_samples, -1, x.shape[-1])  # (N, B*..., in)
-            noisy = torch.bmm(stacked, noise.mT.to(stacked.dtype)).view(hidden.shape)
-            hidden = hidden + flip_signs(noisy, draws.flipout)
+            if torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+                x, noise = x.to(dtype), noise.to(dtype)
+            signs_in = random_signs(x.shape, draws.flipout, x.device)
+            signs_out = random_signs(hidden.shape, draws.flipout, x.device)
+            hidden = hidden + _NoisyProjection.apply(x, noise, signs_in, signs_out)
         return module.lora_B[adapter](hidden)
 
     def _embedding(self, module, adapter: str, ids: Tensor) -> Tensor:
@@ -149,7 +151,8 @@ class GaussianLora(LoraVariant):
             rows = torch.arange(draws.n_samples, device=ids.device)[:, None]
             noisy = (std * noise)[rows, position].view(hidden.shape)
             # The input's sign and the output's are one sign per component here.
-            hidden = hidden + flip_signs(noisy, draws.flipout)
+            signs = random_signs(hidden.shape, draws.flipout, ids.device)
+            hidden = hidden + _FlipSigns.apply(noisy, signs)
         delta = hidden @ module.lora_embedding_B[adapter].T
         scale = module._get_embed_scale()
         return delta if scale is None else delta * scale.to(delta.dtype)
@@ -169,34 +172,56 @@ class GaussianLora(LoraVariant):
 # --- random signs ---------------------------------------------------------------------------------
 
 
-def flip_signs(x: Tensor, flipout: str) -> Tensor:
-    """Multiply x (rows, ..., d) with random signs, new ones per "token", per "example", or none."""
+def random_signs(shape: torch.Size, flipout: str, device: torch.device) -> Tensor | None:
+    """Random bits for the signs of a tensor (rows, ..., d): new ones per "token" or "example".
+
+    Returns:
+        int32 words, 32 signs in each: drawing and keeping a float of +1 or -1 for each component
+        would cost 32 times as much of both. None where `flipout` is "none".
+    """
     if flipout == "none":
-        return x
-    words = -(-x.shape[-1] // 32)
-    shape = x.shape[:-1] if flipout == "token" else (x.shape[0], *[1] * (x.dim() - 2))
-    bits = torch.randint(
-        -(2**31), 2**31, (*shape, words), dtype=torch.int32, device=x.device
-    )  # 32 signs in a word
-    return _FlipSigns.apply(x, bits)
+        return None
+    lead = shape[:-1] if flipout == "token" else (shape[0], *[1] * (len(shape) - 2))
+    words = -(-shape[-1] // 32)
+    return torch.randint(-(2**31), 2**31, (*lead, words), dtype=torch.int32, device=device)
 
 
-class _FlipSigns(torch.autograd.Function):
-    """x with the sign bit of each component flipped where its random bit is set.
+class _NoisyProjection(torch.autograd.Function):
+    r"""$u \circ (A' (t \circ x))$ for the noise A' of each draw: (N, r, in) and x (N*B, ..., in).
 
-    One random word gives 32 signs, and only the words are kept for backward: drawing and keeping a
-    float of +1 or -1 for each component would cost 32 times as much of both.
+    Keeps x, which the mean's projection keeps anyway, and the signs' bits; not the flipped x.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, bits: Tensor) -> Tensor:
-        ctx.save_for_backward(bits)
-        return _xor_signs(x, bits)
+    def forward(ctx, x: Tensor, noise: Tensor, signs_in, signs_out) -> Tensor:
+        ctx.save_for_backward(x, noise, signs_in, signs_out)
+        flipped = flip_signs(x, signs_in).reshape(len(noise), -1, x.shape[-1])  # (N, B*..., in)
+        noisy = torch.bmm(flipped, noise.mT)
+        return flip_signs(noisy.view(*x.shape[:-1], noise.shape[1]), signs_out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, noise, signs_in, signs_out = ctx.saved_tensors
+        grad = flip_signs(grad, signs_out).reshape(len(noise), -1, noise.shape[1])  # (N, B*..., r)
+        flipped = flip_signs(x, signs_in).reshape(len(noise), -1, x.shape[-1])
+        grad_noise = torch.bmm(grad.mT, flipped)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = flip_signs(torch.bmm(grad, noise).view(x.shape), signs_in)
+        return grad_x, grad_noise, None, None
+
+
+class _FlipSigns(torch.autograd.Function):
+    """`flip_signs` with its gradient: the same flip."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, signs) -> Tensor:
+        ctx.save_for_backward(signs)
+        return flip_signs(x, signs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (bits,) = ctx.saved_tensors
-        return _xor_signs(grad, bits), None
+        return flip_signs(grad, ctx.saved_tensors[0]), None
 
 
 _INTEGERS = {
@@ -207,16 +232,19 @@ _INTEGERS = {
 }
 
 
-def _xor_signs(x: Tensor, bits: Tensor) -> Tensor:
+def flip_signs(x: Tensor, signs: Tensor | None) -> Tensor:
+    """x with the sign bit of each component flipped where its bit in `signs` is set."""
+    if signs is None:
+        return x
     integer = _INTEGERS[x.dtype]
-    sign_bit = torch.iinfo(integer).min
     shifts = torch.arange(32, dtype=torch.int32, device=x.device)
-    mask = (bits.unsqueeze(-1) << shifts).flatten(-2)[..., : x.shape[-1]]
-    if integer == torch.int32:
-        mask = mask & sign_bit
-    else:  # an arithmetic shift by 31 spreads the chosen bit over the whole word
-        mask = (mask >> 31).to(integer) & sign_bit
-    return (x.contiguous().view(integer) ^ mask).view(x.dtype)
+    mask = (signs.unsqueeze(-1) << shifts).flatten(-2)[..., : x.shape[-1]]
+    if integer != torch.int32:  # an arithmetic shift by 31 spreads the bit over the whole word
+        mask = mask.bitwise_right_shift_(31).to(integer)
+    mask = mask.bitwise_and_(torch.iinfo(integer).min)
+    values = x.contiguous().view(integer)
+    flipped = mask.bitwise_xor_(values) if mask.shape == values.shape else mask ^ values
+    return flipped.view(x.dtype)
 
 
 # --- the posterior of a model ---------------------------------------------------------------------

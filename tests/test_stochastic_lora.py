@@ -12,11 +12,14 @@ from torch.distributions import kl_divergence as reference_kl
 
 from modelwrappers.stochastic_lora import (
     Draws,
+    _FlipSigns,
+    _NoisyProjection,
     add_kl_gradients,
     attach_posterior,
     flip_signs,
     kl_divergence,
     posterior_parameters,
+    random_signs,
 )
 from utils.errors import UsageError
 
@@ -146,7 +149,7 @@ def test_flipout_decorrelates_what_it_says(flipout, rows_differ, tokens_differ):
 def test_flipped_signs_are_fair_and_flip_nothing_else(dtype):
     torch.manual_seed(0)
     x = torch.randn(200, 3, 70).to(dtype)
-    flipped = flip_signs(x, "token")
+    flipped = flip_signs(x, random_signs(x.shape, "token", x.device))
     assert flipped.dtype == dtype and torch.equal(flipped.abs(), x.abs())
     signs = (flipped / x).double()
     assert signs.mean().abs() < 0.02
@@ -156,12 +159,17 @@ def test_flipped_signs_are_fair_and_flip_nothing_else(dtype):
     assert correlation.abs().max() < 0.2, "components are independent"
 
 
-def test_the_gradient_of_flipped_signs_is_flipped_the_same():
+@pytest.mark.parametrize("flipout", ["token", "example", "none"])
+def test_gradients_of_the_noisy_projection_are_numerically_right(flipout):
     torch.manual_seed(0)
-    x = torch.randn(4, 3, 70, dtype=torch.float64, requires_grad=True)
-    flipped = flip_signs(x, "example")
-    flipped.backward(torch.ones_like(x))
-    torch.testing.assert_close(x.grad, (flipped / x).detach())
+    x = torch.randn(4, 3, 40, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(2, 5, 40, dtype=torch.float64, requires_grad=True)
+    signs_in = random_signs(x.shape, flipout, x.device)
+    signs_out = random_signs((4, 3, 5), flipout, x.device)
+    assert torch.autograd.gradcheck(
+        lambda x, noise: _NoisyProjection.apply(x, noise, signs_in, signs_out), (x, noise)
+    )
+    assert torch.autograd.gradcheck(lambda x: _FlipSigns.apply(x, signs_in), (x,))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -271,6 +279,14 @@ def test_gradients_reach_mean_and_spread(backend):
         model(torch.cat([x] * 2)).square().mean().backward()
     (mean,), (rho,) = posterior_parameters(model, "default")
     assert mean.grad.abs().sum() > 0 and rho.grad.abs().sum() > 0
+
+
+def test_autocast_runs_forward_and_backward():
+    model, draws = make("Linear", "token")
+    with draws.stacked(2), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.cat([inputs("Linear")] * 2)).float().square().mean().backward()
+    (mean,), (rho,) = posterior_parameters(model, "default")
+    assert mean.grad.isfinite().all() and rho.grad.abs().sum() > 0
 
 
 def test_a_backend_that_would_skip_the_noise_is_refused():
