@@ -46,7 +46,6 @@ def build(method: str):
     dataset = build_dataset(args, accelerator)
     wrapper = build_wrapper(args, dataset.num_labels, accelerator)
     wrapper.prepare_for_fit_evaluate(dataset)
-    wrapper._set_view(lambda batch, n: wrapper.forward_logits(batch, n_samples=n))
     return wrapper
 
 

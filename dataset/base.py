@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from dataset.sources import Row, load_rows
 from dataset.tasks import Task
 from utils.embedded import resolve_model
 from utils.errors import UsageError
+from utils.hub import go_offline_if_unreachable
 from utils.logging import logger
 from utils.registry import lookup
 from utils.seeding import mix_seed
@@ -30,15 +32,16 @@ def load_tokenizer(args) -> PreTrainedTokenizerBase:
         UsageError: there is none to be found.
     """
     for name in filter(None, (args.load_model_path, args.model)):
+        path = resolve_model(name)
+        if not Path(path).is_dir():
+            go_offline_if_unreachable()
         try:
             return AutoTokenizer.from_pretrained(
-                resolve_model(name),
+                path,
                 use_fast=not args.use_slow_tokenizer,
                 trust_remote_code=args.trust_remote_code,
             )
         except Exception as error:
-            if isinstance(error, UsageError):
-                raise
             # transformers raises OSError, ValueError, KeyError and others for the same thing
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     raise UsageError(
@@ -46,6 +49,15 @@ def load_tokenizer(args) -> PreTrainedTokenizerBase:
         "--model takes a hub id (with network access or a filled cache), a folder that "
         "`save_pretrained` wrote, or an embedded model: smollm2-135m, minilm-l6."
     )
+
+
+# --testing-set values of existing command lines that say where anchors come from, too
+EVALUATED = {"train_val": "train", "train_train_val": "val", "train_val_val": "val"}
+
+
+def _seeded_order(number: int, purpose: str, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(mix_seed(purpose, seed))
+    return torch.randperm(number, generator=generator).tolist()
 
 
 class TrainBatches(Sampler[list[int]]):
@@ -69,6 +81,7 @@ class TrainBatches(Sampler[list[int]]):
         self.first_batch = 0
 
     def set_position(self, epoch: int, first_batch: int = 0) -> None:
+        """Iterate `epoch` next, from its batch `first_batch` on."""
         self.epoch = epoch
         self.first_batch = first_batch
 
@@ -131,7 +144,8 @@ class DatasetBase(ABC):
         self.task: Task = lookup(self.tasks, args.dataset, "data set")
         if not isinstance(self.task, Task):
             raise UsageError(f"--dataset {args.dataset}: it must be a dataset.tasks.Task record.")
-        if args.testing_set not in self.task.splits:
+        self.eval_split = EVALUATED.get(args.testing_set, args.testing_set)
+        if self.eval_split not in self.task.splits:
             raise UsageError(
                 f"--testing-set {args.testing_set}: {self.task.name} has no labelled split of that "
                 f"name; it has {', '.join(s for s in self.task.splits if s != 'train')}."
@@ -167,11 +181,53 @@ class DatasetBase(ABC):
 
     @cached_property
     def train_rows(self) -> list[Example]:
-        return self._examples("train", self.args.limit_train)
+        """What is trained on: all of the training set but what is held out."""
+        if not self._holds_out:
+            return self._whole_training_set
+        return self._divided[0]
+
+    @cached_property
+    def held_out_rows(self) -> list[Example]:
+        """The part of the training set that is not trained on, for tuning and calibration."""
+        return self._divided[1]
 
     @cached_property
     def test_rows(self) -> list[Example]:
-        return self._examples(self.args.testing_set, self.args.limit_eval)
+        if self.args.testing_set == "train_val":
+            return self.held_out_rows[: self.args.limit_eval or None]
+        return self._examples(self.eval_split, self.args.limit_eval)
+
+    @cached_property
+    def anchor_rows(self) -> list[Example]:
+        """--anchor-size rows for post-hoc methods: of the training set, or with train_val_val of
+        the validation set. Their order depends on nothing but --seed-split."""
+        is_validation = self.args.testing_set == "train_val_val"
+        rows = self._examples("val", 0) if is_validation else self.train_rows
+        order = _seeded_order(len(rows), "anchors", self.args.seed_split)
+        return [rows[i] for i in order[: self.args.anchor_size]]
+
+    @property
+    def _holds_out(self) -> bool:
+        return self.args.testing_set == "train_val" or self.args.temperature_scaling
+
+    @cached_property
+    def _whole_training_set(self) -> list[Example]:
+        return self._examples("train", self.args.limit_train)
+
+    @cached_property
+    def _divided(self) -> tuple[list[Example], list[Example]]:
+        rows = self._whole_training_set
+        number = round(self.args.held_out * len(rows))
+        if not 0 < number < len(rows):
+            raise UsageError(
+                f"--held-out {self.args.held_out} of {len(rows)} training rows leaves nothing on "
+                "one side; choose another share."
+            )
+        held_out = set(_seeded_order(len(rows), "held out", self.args.seed_split)[:number])
+        return (
+            [row for i, row in enumerate(rows) if i not in held_out],
+            [row for i, row in enumerate(rows) if i in held_out],
+        )
 
     @cached_property
     def train_dataloader(self) -> DataLoader:
@@ -187,6 +243,14 @@ class DatasetBase(ABC):
     @cached_property
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader(self.test_rows)
+
+    @cached_property
+    def anchor_dataloader(self) -> DataLoader:
+        return self._eval_loader(self.anchor_rows)
+
+    @cached_property
+    def held_out_dataloader(self) -> DataLoader:
+        return self._eval_loader(self.held_out_rows)
 
     def get_loaders(self) -> None:
         """Build both loaders now; else they are built when first used."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.embedded import bbc_articles
 from utils.errors import UsageError
+from utils.hub import go_offline_if_unreachable
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -30,6 +31,7 @@ class Hub:
     def rows(self, split: str) -> list[tuple[str, Row]]:
         from datasets import load_dataset
 
+        go_offline_if_unreachable()
         try:
             data = load_dataset(self.path, self.config, split=split)
         except Exception as error:
@@ -82,7 +84,12 @@ def _local_rows(folder: Path, split: str) -> list[tuple[str, Row]]:
     for suffix in SUFFIXES:
         file = folder / f"{split}{suffix}"
         if file.is_file():
-            rows = list(_READERS[suffix](file))
+            try:
+                rows = list(_READERS[suffix](file))
+            except UnicodeDecodeError as error:
+                raise UsageError(
+                    f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it."
+                ) from None
             if not rows:
                 raise UsageError(f"{file} has no rows; it needs at least one.")
             return rows
@@ -113,15 +120,18 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
         reader = csv.DictReader(lines)
         for row in reader:
             where = f"{file}:{reader.line_num}"
-            # A nested column, such as ARC's choices, is JSON inside its cell.
-            yield (
-                where,
-                {
-                    key: _parse(value, where) if value and value[0] in "{[" else value
-                    for key, value in row.items()
-                    if key is not None and value is not None
-                },
-            )
+            cells = {k: v for k, v in row.items() if k is not None and v is not None}
+            yield where, {key: _nested(value) for key, value in cells.items()}
+
+
+def _nested(cell: str) -> Any:
+    """A nested column, such as ARC's choices, is a JSON object in its cell; the rest is text."""
+    if cell.startswith("{"):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            pass
+    return cell
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:

@@ -16,17 +16,26 @@ from accelerate import Accelerator
 from modelwrappers import wrapperbase
 from modelwrappers.backbone import adapter_folder, load_model, lora_config
 from modelwrappers.blob import BLoB
+from modelwrappers.deepensemble import DeepEnsemble
 from modelwrappers.map import MAP
-from modelwrappers.wrapperbase import WrapperBase
+from modelwrappers.mcdropout import MCDropout
+from modelwrappers.tfb import TFB
+from modelwrappers.wrapperbase import BASE_MODEL_FLAGS, WrapperBase
 from utils.args import build_parser, finish
 from utils.checkpoint import read_json
 from utils.errors import UsageError
+from utils.hub import go_offline_if_unreachable
 from utils.registry import lookup
 
 WRAPPERS: dict[str, type[WrapperBase]] = {
     "map": MAP,
     "mle": MAP,
+    "mcdropout": MCDropout,
+    "deepensemble": DeepEnsemble,
     "blob": BLoB,
+    "tfb": TFB,
+    "tfblora": TFB,  # the original's names: tfb, and tfb with --tfb-criterion flips
+    "tfblora_acc": TFB,
 }
 
 
@@ -69,12 +78,15 @@ def load_posterior(
         the wrapper of the method that made it, in evaluation mode: `predict(loader)`,
         `evaluate(loader)`, `forward_logits(batch, n_samples=N)`.
     Raises:
-        UsageError: no adapter or no bayes_config.json there, or an unknown method.
+        UsageError: no adapter or no bayes_config.json there, an unknown method, or one whose code
+            would have to come from the hub.
     """
     folder = Path(path_or_hub_id)
-    if not folder.is_dir():
+    is_local = folder.is_dir()
+    if not is_local:
         from huggingface_hub import snapshot_download
 
+        go_offline_if_unreachable()
         try:
             folder = Path(snapshot_download(str(path_or_hub_id)))
         except Exception as error:
@@ -83,11 +95,21 @@ def load_posterior(
                 f"read ({type(error).__name__})."
             ) from None
     config = read_json(folder / "bayes_config.json", "load_posterior")
+    if ".py:" in config["modelwrapper"] and not is_local:
+        raise UsageError(
+            f"load_posterior: {path_or_hub_id} names the method {config['modelwrapper']}, a file; "
+            "code is not taken from a hub repo. Download it, look at it, and load the folder."
+        )
+    if not config["choices"]:
+        raise UsageError(f"load_posterior: {folder} does not say what its answers are.")
     wrapper_class = get_wrapper(config["modelwrapper"])
-    known = {key: value for key, value in config.items() if key in _POSTERIOR_FLAGS}
-    known |= config["flags"] | {"load_lora_path": str(folder), "nowand": True}
-    known |= {"model": model or config["model"], "device": device}
-    known["bayes_eval_n_samples_final"] = config["n_draws"]
+    # Named one by one: a file from the hub must not set other flags, --trust-remote-code above all.
+    known = {key: config[key] for key in (*BASE_MODEL_FLAGS, *_POSTERIOR_FLAGS)}
+    known |= {key: config["flags"][key] for key in wrapper_class.posterior_flags}
+    known |= {"load_lora_path": str(folder), "nowand": True, "device": device}
+    known |= {"bayes_eval_n_samples_final": config["n_draws"]}
+    if model is not None:
+        known |= {"model": model, "load_model_path": None}
     parser = build_parser(wrapper_class.add_arguments)
     args = finish(parser, [], known, wrapper_class.check_arguments)
     wrapper = build_wrapper(args, len(config["choices"]), Accelerator(cpu=device == "cpu" or None))
@@ -99,4 +121,4 @@ def load_posterior(
     return wrapper.eval()
 
 
-_POSTERIOR_FLAGS = ("modelwrapper", "model_type", "dataset", "dataset_type")
+_POSTERIOR_FLAGS = ("modelwrapper", "dataset", "dataset_type")

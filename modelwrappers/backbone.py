@@ -23,6 +23,7 @@ from transformers import (
 
 from utils.embedded import resolve_model
 from utils.errors import UsageError
+from utils.hub import go_offline_if_unreachable
 from utils.logging import logger
 
 # model_type of a transformers config -> names of its query, key and value projections. A fused
@@ -60,6 +61,8 @@ def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
         UsageError: the model cannot be found, has no weights, or cannot be quantised here.
     """
     path = resolve_model(args.load_model_path or args.model)
+    if not Path(path).is_dir():
+        go_offline_if_unreachable()
     is_classifier = args.model_type == "seqcls"
     auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     kwargs: dict[str, Any] = {
@@ -79,9 +82,9 @@ def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
             )
         if args.quantization != "none":
             kwargs["device_map"] = {"": device}
-            kwargs["quantization_config"] = _quantization(args, auto, config)
+            kwargs["quantization_config"] = _quantization(args, auto, config, kwargs["dtype"])
         model, info = auto.from_pretrained(path, **kwargs)
-    except UsageError:
+    except (UsageError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         # transformers and the hub raise a dozen classes here; to the user it is one thing.
@@ -129,7 +132,7 @@ def _dtype(args, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _quantization(args, auto, config) -> BitsAndBytesConfig:
+def _quantization(args, auto, config, dtype: torch.dtype) -> BitsAndBytesConfig:
     """8 bit, or nf4 with double quantisation, the setting of QLoRA (arXiv 2305.14314).
 
     A classification head is trained, so it stays as it is; so does lm_head, as transformers has it.
@@ -144,6 +147,7 @@ def _quantization(args, auto, config) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=keep,
     )
 
@@ -165,6 +169,7 @@ def lora_config(args, model: PreTrainedModel) -> LoraConfig:
     if args.load_lora_path is not None:
         config = _adapter_config(args)
         _check_targets(model, config.target_modules, f"the adapter {args.load_lora_path}")
+        _check_target_flags(args, model, config)
         return config
     with_head = args.apply_classhead_lora or args.apply_qkv_head_lora
     if args.target_modules:
@@ -251,6 +256,26 @@ def _check_targets(model: PreTrainedModel, targets, origin: str) -> None:
             )
 
 
+def _check_target_flags(args, model: PreTrainedModel, config: LoraConfig) -> None:
+    """An adapter has the layers it has; flags that ask for others contradict it."""
+    adapted = config.target_modules
+    if isinstance(adapted, str):
+        return
+    covered = {*adapted, *(config.modules_to_save or ())}
+    wanted = set(args.target_modules or ())
+    for flag in ("apply_classhead_lora", "apply_qkv_head_lora"):
+        if getattr(args, flag):
+            wanted |= {*_attention_targets(model, with_key=flag == "apply_qkv_head_lora")}
+            wanted |= {*head_modules(model)}
+    absent = sorted(w for w in wanted if not any(f".{w}".endswith(f".{c}") for c in covered))
+    if absent:
+        raise UsageError(
+            f"the flags ask for LoRA on {', '.join(absent)}, but the adapter {args.load_lora_path} "
+            f"covers {', '.join(sorted(covered))}; drop --target-modules, --apply-classhead-lora "
+            "and --apply-qkv-head-lora: the adapter knows its layers."
+        )
+
+
 # --- an adapter that is already there ------------------------------------------------------------
 
 
@@ -264,6 +289,7 @@ def adapter_folder(args) -> Path:
     if args.load_lora_huggingface_repo:
         from huggingface_hub import snapshot_download
 
+        go_offline_if_unreachable()
         try:
             root = snapshot_download(
                 args.load_lora_huggingface_repo, allow_patterns=[f"{path.strip('/')}/*"]
@@ -288,7 +314,12 @@ def adapter_folder(args) -> Path:
 def _adapter_config(args) -> LoraConfig:
     folder = adapter_folder(args)
     try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+        if kind != "LORA":
+            raise UsageError(f"--load-lora-path: {folder} holds a {kind} adapter, not LoRA.")
         config = LoraConfig.from_pretrained(str(folder))
+    except UsageError:
+        raise
     except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise UsageError(
             f"--load-lora-path: {folder} holds no LoRA configuration ({error})."

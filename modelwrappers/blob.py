@@ -29,6 +29,7 @@ from modelwrappers.stochastic_lora import (
     attach_posterior,
     kl_divergence,
     posterior_parameters,
+    spread_tensors,
 )
 from modelwrappers.wrapperbase import Batch, Predictions, WrapperBase
 from utils.args import add_switch, nonnegative_float, positive_float
@@ -106,13 +107,13 @@ class BLoB(WrapperBase):
         lora.zero_grad(set_to_none=True)  # G keeps the NLL's gradient
         self.kl_step += 1
         weight = self.kl_weight(self.kl_step)
-        value = weight * kl_divergence(self.means, self.rhos, self.args.bayes_beta)
+        value = kl_divergence(self.means, self.rhos, self.args.bayes_beta)
         add_kl_gradients(self.means, self.rhos, self.args.bayes_beta, weight)
         kl.step()
         kl.zero_grad(set_to_none=True)
         for scheduler in self.schedulers.values():
             scheduler.step()
-        return {"kl": value}
+        return {"kl": value, "kl_weight": weight}
 
     def predict(self, eval_loader: Iterable[Batch]) -> Predictions:
         if self.args.flipout != "none" or self.eval_n_samples == 0:
@@ -166,7 +167,4 @@ class BLoB(WrapperBase):
             RHO,
             self.args.bayes_eps,
         )
-        own = self.named_parameters()
-        return tensors | {
-            name.removesuffix(".default"): p.detach() for name, p in own if f".{RHO}." in name
-        }
+        return tensors | spread_tensors(self, self.active_adapter)

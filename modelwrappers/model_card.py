@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 TEMPLATE = """---
 library_name: peft
-base_model: {model}
-tags:
+{base_model}tags:
 - lora
 - uncertainty
 - calibration
@@ -49,9 +50,13 @@ def model_card(config: dict[str, Any]) -> str:
             numbers = " | ".join(f"{block[key]:.4f}" for key in ("acc", "ece", "nll", "brier"))
             count, draws = block.get("n_examples", "?"), block.get("n_draws", "?")
             lines.append(f"| {name} | {block['split']} | {count} | {draws} | {numbers} |")
+    # The hub takes ids only, and a path would tell of the machine.
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", config["model"]) is not None
+    model = config["model"] if is_hub_id else Path(config["model"]).name
     flags = ", ".join(f"{key} {value}" for key, value in config.get("flags", {}).items())
     return TEMPLATE.format(
-        model=config["model"],
+        model=model,
+        base_model=f"base_model: {model}\n" if is_hub_id else "",
         modelwrapper=config["modelwrapper"],
         settings=f" ({flags})" if flags else "",
         dataset=config["dataset"],

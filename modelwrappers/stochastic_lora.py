@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.seeding import mix_seed
 
 RHO = "lora_A_rho"
@@ -120,6 +120,7 @@ class GaussianLora(LoraVariant):
         return result + delta * module.scaling[active_adapter]
 
     def _linear(self, module, adapter: str, x: Tensor) -> Tensor:
+        self._check_rows(x)
         weight = module.lora_A[adapter].weight  # (r, in)
         x = module.lora_dropout[adapter](x)
         hidden = nn.functional.linear(x, weight)  # (N*B, ..., r)
@@ -135,7 +136,16 @@ class GaussianLora(LoraVariant):
             hidden = hidden + _NoisyProjection.apply(x, noise, signs_in, signs_out)
         return module.lora_B[adapter](hidden)
 
+    def _check_rows(self, x: Tensor) -> None:
+        if self.draws.n_samples and x.shape[0] % self.draws.n_samples:
+            raise RunError(
+                f"a stochastic layer got {x.shape[0]} rows for {self.draws.n_samples} draws: this "
+                "architecture sends something else than the batch through it; leave the layer out "
+                "with --target-modules, or take one draw per forward (--eval-batch-size 1)."
+            )
+
     def _embedding(self, module, adapter: str, ids: Tensor) -> Tensor:
+        self._check_rows(ids)
         mean = module.lora_embedding_A[adapter].T  # (V, r)
         hidden = nn.functional.embedding(ids, mean)  # (N*B, T, r)
         draws = self.draws
@@ -311,6 +321,15 @@ def posterior_parameters(
         [posterior_mean(module, adapter) for module in layers],
         [getattr(module, RHO)[adapter] for module in layers],
     )
+
+
+def spread_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """All G under the names that an adapter file has for them."""
+    return {
+        name.removesuffix(f".{adapter}"): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.endswith(f".{RHO}.{adapter}")
+    }
 
 
 def kl_divergence(means: list[Tensor], rhos: list[Tensor], prior_std: float) -> Tensor:

@@ -12,7 +12,8 @@ tensor:
 from __future__ import annotations
 
 import inspect
-import itertools
+import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,9 +44,12 @@ from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
 from utils.seeding import mix_seed
+from utils.temperature import fit_temperature, scale
 
 Batch = dict[str, Tensor]
 ADAPTER_FILE = "adapter_model.safetensors"
+# What the posterior was trained on; a posterior is one over the adapter of exactly that model.
+BASE_MODEL_FLAGS = ("model", "model_type", "load_model_path", "quantization", "dtype")
 
 
 class Predictions(NamedTuple):
@@ -117,12 +121,17 @@ class WrapperBase(PeftModel):
         self.results: dict[str, dict[str, Any]] = {}  # data set -> its block of metrics.json
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
-        self.eval_n_samples = self._final_draws()  # N of `evaluate`
+        self.eval_n_samples = self.final_draws()  # N of `evaluate`
         self.step = 0  # optimizer updates done
         self._takes_position_ids = self.is_causal and "position_ids" in forward_parameters
+        # DeBERTa sends its table of relative positions, which has no row per example, through the
+        # adapted projections: no stack of draws can be split there.
+        self._shares_positions = model.config.model_type.startswith("deberta")
         self._takes_logits_to_keep = self.is_causal and "logits_to_keep" in forward_parameters
+        self._epoch = 0
         self._position = (0, 0)  # epoch, and batches of it that were consumed
         self._loss_weight = 1.0
+        self._resumed = False
         self._wandb_logger = None
         self._trained_base_layers = self._train_head_under_lora(head_roots)
 
@@ -215,6 +224,8 @@ class WrapperBase(PeftModel):
                 return self._batch_logits(batch).unsqueeze(1)
         rows = batch["input_ids"].shape[0]
         most = num_draws if self.training else max(1, self.args.eval_batch_size // rows)
+        if self._shares_positions:
+            most = 1
         slices = []
         for start in range(0, num_draws, most):
             draws = min(most, num_draws - start)
@@ -224,10 +235,13 @@ class WrapperBase(PeftModel):
             slices.append(logits.unflatten(0, (draws, rows)))
         return torch.cat(slices).transpose(0, 1)  # (B, N, C)
 
-    def _batch_logits(self, batch: Batch) -> Float[Tensor, "B C"]:
-        # The answer is one token: the head need not be applied to the others.
-        kwargs = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
-        return self.class_logits(self.base_model(**batch, **kwargs))
+    def _batch_logits(self, batch: Batch, **kwargs) -> Float[Tensor, "B C"]:
+        if self._takes_logits_to_keep:
+            # The answer is one token: the head need not be applied to the others.
+            kwargs["logits_to_keep"] = 1
+        # `adapter_names` are understood by PeftModel.forward only.
+        model = super().forward if "adapter_names" in kwargs else self.base_model
+        return self.class_logits(model(**batch, **kwargs))
 
     def class_logits(self, output) -> Float[Tensor, "B C"]:
         """The logits of the C classes in a model's output.
@@ -259,6 +273,15 @@ class WrapperBase(PeftModel):
         self.accelerator.backward(loss * self._loss_weight)
 
     # --- parameters -------------------------------------------------------------------------------
+
+    @property
+    def global_step(self) -> int:
+        """Updates done in the whole run."""
+        return self.step
+
+    def state_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what a resumed run needs."""
+        return self.trainable_parameters()
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that is trained."""
@@ -319,6 +342,7 @@ class WrapperBase(PeftModel):
             updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
             self.num_training_steps = args.max_train_steps or args.n_epochs * updates_per_epoch
             self.configure_optimizers()
+            self._renew_view()
         # What the generators give from here on is the method's noise: other on every process.
         torch.manual_seed(
             mix_seed("training noise", args.seed_sampling, self.accelerator.process_index)
@@ -338,14 +362,10 @@ class WrapperBase(PeftModel):
             RunError: the loss is not a number.
         """
         args = self.args
-        view = _TrainingView(self)
-        is_distributed = self.accelerator.num_processes > 1
-        self._set_view(self.accelerator.prepare(view) if is_distributed else view)
         last_step = self.num_training_steps
         if args.early_stop_steps:
             last_step = min(last_step, args.early_stop_steps)
-        if args.resume:
-            self._resume()
+        self._resume_once()
         self.train()
         progress = tqdm(
             total=last_step,
@@ -361,7 +381,7 @@ class WrapperBase(PeftModel):
                 rates = {key: s.get_last_lr()[0] for key, s in self.schedulers.items()}
                 log = self._update(batches)
                 self.step += 1
-                record = {"step": self.step, "epoch": self._position[0], **log, "lr": rates}
+                record = {"step": self.global_step, "epoch": self._epoch, **log, "lr": rates}
                 record["seconds"] = round(time.perf_counter() - started, 4)
                 self.run_folder.append_history(record)
                 self._track({f"train/{key}": value for key, value in log.items()} | {"lr": rates})
@@ -380,11 +400,14 @@ class WrapperBase(PeftModel):
                 progress.update()
         if args.save_per_steps:  # a run killed while it evaluates need not train again
             self._save_state()
-        self._set_view(view)
         for parameter in self.parameters():
             parameter.grad = None
 
-    def _set_view(self, view: nn.Module) -> None:
+    def _renew_view(self) -> None:
+        """What `training_logits` goes through: with several processes DDP, over what trains now."""
+        view: nn.Module = _TrainingView(self)
+        if self.accelerator.num_processes > 1:
+            view = self.accelerator.prepare(view)
         # Around nn.Module's bookkeeping: the view holds the wrapper, not the other way round.
         self.__dict__["_view"] = view
 
@@ -392,6 +415,7 @@ class WrapperBase(PeftModel):
         """The batches of each update, epoch after epoch, from the current position."""
         while self.step < last_step:
             epoch, consumed = self._position
+            self._epoch = epoch
             sampler = getattr(loader, "batch_sampler", None)
             if hasattr(sampler, "set_position"):
                 sampler.set_position(epoch, consumed)
@@ -425,14 +449,20 @@ class WrapperBase(PeftModel):
             for key, value in values.items():
                 totals[key] = totals.get(key, 0.0) + self._loss_weight * value
         totals = self._to_floats(totals)
-        if not all(value == value and abs(value) != float("inf") for value in totals.values()):
+        if not all(map(math.isfinite, totals.values())):
             rows = [int(i) for batch in batches for i in batch["index"]]
             raise RunError(
                 f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows "
-                f"{rows} of the training set; the parameters were left as they were before it. "
-                "Lower --lr, or look at those rows."
+                f"{rows} of the training set, with the parameters that the update before left. "
+                "Look at those rows, or lower the learning rates (--lr, --bayes-kllr)."
             )
-        return totals | self._to_floats(self.optimizer_step())
+        done = self._to_floats(self.optimizer_step())
+        if not all(map(math.isfinite, done.values())):
+            raise RunError(
+                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower their "
+                "learning rates (--lr, --bayes-kllr); --resume goes on from the last state."
+            )
+        return totals | done
 
     def _to_floats(self, values: dict[str, float | Tensor]) -> dict[str, float]:
         """Means over the processes, in one transfer."""
@@ -452,7 +482,7 @@ class WrapperBase(PeftModel):
             metrics = self.evaluate(limited)._asdict()
         finally:
             self.eval_n_samples = final
-        self.run_folder.append_history({"step": self.step, "eval": metrics})
+        self.run_folder.append_history({"step": self.global_step, "eval": metrics})
         self._track({f"eval/{key}": value for key, value in metrics.items()})
         return metrics
 
@@ -463,7 +493,7 @@ class WrapperBase(PeftModel):
             for inner, number in (value if isinstance(value, dict) else {"": value}).items()
         }
         if self.accelerator.trackers:
-            self.accelerator.log(flat, step=self.step)
+            self.accelerator.log(flat, step=self.global_step)
         if self._wandb_logger is not None and self.accelerator.is_main_process:
             self._wandb_logger.log(flat)
 
@@ -473,20 +503,25 @@ class WrapperBase(PeftModel):
         state = {
             "step": self.step,
             "position": list(self._position),
-            "parameters": {name: p.detach() for name, p in self.trainable_parameters()},
+            "parameters": {name: p.detach() for name, p in self.state_parameters()},
             "optimizers": {key: o.state_dict() for key, o in self.optimizers.items()},
             "schedulers": {key: s.state_dict() for key, s in self.schedulers.items()},
             "method": self.method_state(),
         }
-        self.run_folder.save_state(self.step, state, self.accelerator.wait_for_everyone)
+        self.run_folder.save_state(self.global_step, state, self.accelerator.wait_for_everyone)
 
-    def _resume(self) -> None:
+    def _resume_once(self) -> None:
+        """Put the run's last state back, the first time that training begins."""
+        if not self.args.resume or self._resumed:
+            return
+        self._resumed = True
         loaded = self.run_folder.load_state()
         if loaded is None:
             logger.info("--resume: there is no state in %s; starting.", self.run_folder.path)
             return
         state, restore_generators = loaded
-        parameters = dict(self.trainable_parameters())
+        self.load_method_state(state["method"])  # first: it may decide what is trained
+        parameters = dict(self.state_parameters())
         if parameters.keys() != state["parameters"].keys():
             raise UsageError("--resume: the stored state is of another model or method.")
         with torch.no_grad():
@@ -496,16 +531,15 @@ class WrapperBase(PeftModel):
             optimizer.load_state_dict(state["optimizers"][key])
         for key, scheduler in self.schedulers.items():
             scheduler.load_state_dict(state["schedulers"][key])
-        self.load_method_state(state["method"])
         self.step = state["step"]
         self._position = tuple(state["position"])
-        self.run_folder.cut_history(self.step)
-        logger.info("Resuming after update %d.", self.step)
+        self.run_folder.cut_history(self.global_step)
+        logger.info("Resuming after update %d.", self.global_step)
         restore_generators()
 
     # --- evaluation -------------------------------------------------------------------------------
 
-    def _final_draws(self) -> int:
+    def final_draws(self) -> int:
         """N of the final evaluation; 0 is the posterior mean."""
         if not self.is_stochastic or self.args.bayes_inference_notsample:
             return 0
@@ -593,20 +627,44 @@ class WrapperBase(PeftModel):
             started = time.perf_counter()
             self.fit(self.train_loader, self.eval_loader if self.args.eval_per_steps else None)
             training_seconds = time.perf_counter() - started
+        temperature = self._fit_temperature() if self.args.temperature_scaling else None
         started = time.perf_counter()
         metrics = self.evaluate(self.eval_loader)
         seconds = time.perf_counter() - started
         self._track({f"final/{key}": value for key, value in metrics._asdict().items()})
-        if self.accelerator.is_main_process:
-            self._write_results(metrics, seconds, training_seconds)
+        self._add_results(metrics, seconds, temperature)
         if self.args.checkpoint:
             self.save_adapter(self.run_folder.path)
+        if self.accelerator.is_main_process:  # last: metrics.json says that the run is finished
+            self._write_results(training_seconds)
         self.accelerator.wait_for_everyone()
         self.run_folder.drop_states()
         return metrics
 
-    def _write_results(self, metrics: Metrics, seconds: float, training_seconds: float) -> None:
-        args, folder = self.args, self.run_folder.path
+    def _fit_temperature(self) -> float:
+        """T from predictions on the part of the training set that was held out; they are kept."""
+        predictions = self.predict(self.dataset.held_out_dataloader)
+        if self.accelerator.is_main_process:
+            self._write_predictions(predictions, "held_out")
+        return fit_temperature(predictions.log_probs, predictions.labels)
+
+    def _write_predictions(self, predictions: Predictions, split: str) -> None:
+        args = self.args
+        stem = "predictions" if split == args.testing_set else f"predictions-{split}"
+        write_tensors(
+            self.run_folder.path / f"{stem}.safetensors",
+            predictions._asdict(),
+            {
+                "dataset": args.dataset.rpartition(":")[2],
+                "split": split,
+                "seed": str(args.seed),
+                "modelwrapper": args.modelwrapper,
+            },
+        )
+
+    def _add_results(self, metrics: Metrics, seconds: float, temperature: float | None) -> None:
+        """The data set's block of metrics.json, and its predictions."""
+        args = self.args
         name = args.dataset.rpartition(":")[2]
         block: dict[str, Any] = metrics._asdict() | {
             "split": args.testing_set,
@@ -614,26 +672,27 @@ class WrapperBase(PeftModel):
             "seconds": round(seconds, 3),
         }
         if self.predictions is not None:  # an overridden `evaluate` may keep none
-            log_probs, labels, index = self.predictions
+            log_probs, labels, _ = self.predictions
             block |= {"n_examples": len(labels), "n_draws": log_probs.shape[1]}
-            write_tensors(
-                folder / "predictions.safetensors",
-                {"log_probs": log_probs, "labels": labels, "index": index},
-                {
-                    "dataset": name,
-                    "split": args.testing_set,
-                    "seed": str(args.seed),
-                    "modelwrapper": args.modelwrapper,
-                },
-            )
+            if temperature is not None:
+                scaled = posterior_predictive(scale(log_probs, temperature))
+                block["temperature_scaled"] = {
+                    "temperature": temperature,
+                    **score(scaled, labels, args.num_bins)._asdict(),
+                }
+            if self.accelerator.is_main_process:
+                self._write_predictions(self.predictions, args.testing_set)
         self.results[name] = block
+
+    def _write_results(self, training_seconds: float) -> None:
+        args = self.args
         write_json(
-            folder / "metrics.json",
+            self.run_folder.path / "metrics.json",
             {
                 "modelwrapper": args.modelwrapper,
                 "model": args.model,
                 "seed": args.seed,
-                "updates": self.step,
+                "updates": self.global_step,
                 "training_seconds": round(training_seconds, 3),
                 "peak_memory_bytes": peak_memory(self.accelerator.device),
                 "datasets": self.results,
@@ -658,7 +717,7 @@ class WrapperBase(PeftModel):
         extra = self._trained_base_tensors()
         if extra:
             file = Path(save_directory) / ADAPTER_FILE
-            write_tensors(file, read_tensors(file) | extra, {"format": "pt"})
+            write_tensors(file, read_tensors(file, "adapter") | extra, {"format": "pt"})
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token=None, **kwargs) -> str:
         """Send adapter, posterior and model card to a hub repo, made if it does not exist.
@@ -692,12 +751,10 @@ class WrapperBase(PeftModel):
                     "goes on from the last state."
                 ) from error
             raise
-        for file in sorted(temporary.iterdir()):
+        for file in sorted(temporary.rglob("*")):  # an ensemble's members are subfolders
             if file.is_file() and file.name != "README.md":
-                write_atomically(folder / file.name, file.replace)
-        for file in temporary.iterdir():
-            file.unlink()
-        temporary.rmdir()
+                write_atomically(folder / file.relative_to(temporary), file.replace)
+        shutil.rmtree(temporary)
         logger.info("Adapter saved to %s", folder)
 
     def bayes_config(self) -> dict[str, Any]:
@@ -706,14 +763,13 @@ class WrapperBase(PeftModel):
         return {
             "format_version": 1,
             "modelwrapper": args.modelwrapper,
-            "model": args.model,
-            "model_type": args.model_type,
+            **{name: getattr(args, name) for name in BASE_MODEL_FLAGS},
             "dataset": args.dataset,
             "dataset_type": args.dataset_type,
             "choices": self.answers,
             "target_ids": self.target_ids.tolist() if self.target_ids is not None else None,
             "pad_token_id": self.base_model.config.pad_token_id,
-            "n_draws": max(1, self._final_draws()),
+            "n_draws": max(1, self.final_draws()),
             "metrics": self.results,
             "flags": {name: getattr(args, name) for name in self.posterior_flags},
             **self.method_config(),
@@ -728,7 +784,7 @@ class WrapperBase(PeftModel):
         Raises:
             UsageError: a tensor is missing or has another shape: another architecture or rank.
         """
-        tensors = self._adapter_tensors(read_tensors(folder / ADAPTER_FILE))
+        tensors = self._adapter_tensors(read_tensors(folder / ADAPTER_FILE, "--load-lora-path"))
         expected = (
             get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             | self._trained_base_tensors()
@@ -773,8 +829,9 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _spread(loader: Iterable[Batch], number: int) -> Iterator[Batch]:
-    """About `number` batches from all over: the first ones would be the longest rows."""
-    return itertools.islice(loader, 0, None, max(1, len(loader) // number))
+    """`number` batches from all over: the first ones would be the longest rows."""
+    chosen = {round(i * len(loader) / number) for i in range(number)}
+    return (batch for position, batch in enumerate(loader) if position in chosen)
 
 
 def _parents(name: str) -> list[str]:

@@ -167,6 +167,11 @@ def test_config_gives_defaults_that_flags_override(tmp_path):
     assert (args.seed_data, args.quantization) == (5, "8bit"), "derived from the new flags"
 
 
+def test_config_repeats_the_run_not_the_call():
+    given = parse_args([*BASE, "--overwrite", "--lr", "1e-3"]).given
+    assert "overwrite" not in given and given["lr"] == 1e-3
+
+
 def test_stored_flags_pass_the_same_checks(tmp_path):
     file = tmp_path / "args.json"
     file.write_text(json.dumps({"given": parse_args(BASE).given | {"lr": -1}}))

@@ -139,6 +139,42 @@ def test_a_model_id_without_network_is_an_error(tmp_path):
         build_model("nobody/nothing", "causallm")
 
 
+@pytest.mark.parametrize("draws", [3, 4])
+def test_deberta_draws_are_true_draws(tmp_path, draws):
+    """Its relative positions pass through query_proj without a row per example."""
+    from accelerate import Accelerator
+
+    from modelwrappers.blob import BLoB
+
+    settings = SMALL | {
+        "relative_attention": True,
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "max_relative_positions": 16,
+        "position_buckets": 8,
+        "hidden_dropout_prob": 0.0,
+        "initializer_range": 0.3,
+    }
+    folder = make("deberta-v2", settings, tmp_path, AutoModelForSequenceClassification)
+    args = main.parse_args(
+        f"--dataset-type bertds --dataset bbc_headlines --model {folder} --modelwrapper blob "
+        "--bayes-eps 0.5 --flipout none --eval-batch-size 64".split()
+    )
+    model = backbone.load_model(args, 5, torch.device("cpu"))
+    wrapper = BLoB(model, backbone.lora_config(args, model), args, Accelerator(cpu=True)).eval()
+    for name, parameter in wrapper.trainable_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids = torch.randint(3, 50, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad(), wrapper.draws.fixed(draws, seed=1):
+        together = wrapper.forward_logits(batch, n_samples=draws)
+    with torch.no_grad(), wrapper.draws.fixed(draws, seed=1):
+        alone = [wrapper.forward_logits(batch, n_samples=1) for _ in range(draws)]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
+    assert together.std(1).max() > 1e-2
+
+
 # --- adapters on disk ---------------------------------------------------------------------------
 
 
@@ -235,6 +271,30 @@ def test_an_adapter_of_another_architecture_is_an_error(causal_flags, classifier
     folder = saved_adapter(causal_flags)
     with pytest.raises(UsageError, match="no layer"):
         build([*classifier_flags, "--modelwrapper", "mle", "--load-lora-path", str(folder)])
+
+
+def test_flags_for_layers_that_the_adapter_lacks_contradict_it(causal_flags):
+    folder = saved_adapter(causal_flags)
+    flags = [*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(folder)]
+    for more in (["--apply-classhead-lora"], ["--target-modules", "k_proj"]):
+        with pytest.raises(UsageError, match=r"the flags ask for LoRA on (lm_head|k_proj)"):
+            build([*flags, *more])
+
+
+def test_a_damaged_adapter_is_an_error(causal_flags):
+    folder = saved_adapter(causal_flags)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UsageError, match="cannot be read as safetensors"):
+        build([*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(folder)])
+
+
+def test_an_adapter_that_is_not_lora_is_an_error(causal_flags):
+    folder = saved_adapter(causal_flags)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    with pytest.raises(UsageError, match="holds a IA3 adapter"):
+        build([*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(folder)])
 
 
 def test_a_folder_without_an_adapter_is_an_error(causal_flags, tmp_path):

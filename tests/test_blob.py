@@ -156,7 +156,6 @@ def test_one_update_is_the_contract_written_out(causal_flags):
     _, dataset, wrapper = prepared(causal_flags, "--bayes-klreweighting", "--bayes-kllr", "0.01")
     batch = next(iter(dataset.train_dataloader))
     wrapper.train()
-    wrapper._set_view(lambda b, n: wrapper.forward_logits(b, n_samples=n))
     for p in wrapper.parameters():  # B = 0 would leave M and G without a gradient
         if p.requires_grad and p.abs().sum() == 0:
             torch.nn.init.normal_(p, std=0.1)

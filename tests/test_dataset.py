@@ -196,6 +196,39 @@ def test_bad_rows_are_named_by_file_and_line(tiny_llama, tmp_path, content, word
         _ = multiple_choice(tiny_llama, tmp_path).train_rows
 
 
+def test_text_in_brackets_is_text(tiny_llama, tmp_path):
+    (tmp_path / "train.csv").write_text("text,topic\n[UPDATE] shares rise,business\n{x,tech\n")
+    assert multiple_choice(tiny_llama, tmp_path).num_samples == 2
+
+
+def test_a_file_that_is_not_utf8_is_an_error(tiny_llama, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xe9", "topic": "tech"}\n')
+    with pytest.raises(UsageError, match=r"train.jsonl is not UTF-8"):
+        _ = multiple_choice(tiny_llama, tmp_path).train_rows
+
+
+def test_an_unreachable_hub_is_found_out_at_once(monkeypatch):
+    """A port where nothing listens stands for a machine without network."""
+    import time
+
+    import datasets.config
+    import huggingface_hub.constants
+
+    from utils.hub import go_offline_if_unreachable
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    go_offline_if_unreachable.cache_clear()
+    started = time.perf_counter()
+    go_offline_if_unreachable()
+    assert time.perf_counter() - started < 4
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+    go_offline_if_unreachable.cache_clear()
+
+
 def test_a_row_without_choices_is_an_error(tiny_llama, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [ARC_ROW | {"choices": {"text": [], "label": []}}])
     with pytest.raises(UsageError, match=r"train.jsonl:1: .*no choices"):

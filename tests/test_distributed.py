@@ -21,7 +21,9 @@ COMMON = "--n-epochs 2 --checkpoint --opt sgd --lr 0.1 --eval-batch-size 8 --now
 KINDS = ("mcdataset", "bertds")
 METHODS = {
     "map": "",
-    "blob": "--bayes-eps 0.3 --bayes-kllr 1e-5",
+    "blob": "--bayes-eps 0.3 --bayes-kllr 0.01",
+    "mcdropout": "",
+    "deepensemble": "--ensemble-n 2",
 }
 CASES = [(kind, method) for kind in KINDS for method in METHODS]
 
@@ -71,9 +73,10 @@ def block(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())["datasets"]["bbc_headlines"]
 
 
+@pytest.mark.parametrize("method", ["map", "deepensemble"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_train_the_same_adapter_as_one(runs, kind):
-    one, two = (run_folder(flags) for flags in runs[kind, "map"])
+def test_two_ranks_train_the_same_adapter_as_one(runs, kind, method):
+    one, two = (run_folder(flags) for flags in runs[kind, method])
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     assert a.keys() == b.keys(), "no .module in the names"
     for key in a:
@@ -84,14 +87,15 @@ def test_two_ranks_train_the_same_adapter_as_one(runs, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_train_a_posterior_near_that_of_one(runs, kind):
-    """Each rank has noise of its own, so the adapters differ, but little after so few updates."""
+def test_two_ranks_train_one_posterior(runs, kind):
+    """Each rank has noise of its own; tests/ranks.py has held that all end with the same bits."""
     one, two = (run_folder(flags) for flags in runs[kind, "blob"])
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
-    assert a.keys() == b.keys() and any(key.endswith("lora_A_rho") for key in a)
-    for key in a:
-        if "lora_A" in key:
-            torch.testing.assert_close(a[key], b[key], rtol=0.2, atol=0.02)
+    assert a.keys() == b.keys()
+    spread = [key for key in a if key.endswith("lora_A_rho")]
+    assert spread and all((a[key] - b[key]).abs().max() > 0 for key in spread), "noise of its own"
+    for key in spread:  # the KL's part of the steps is the same
+        torch.testing.assert_close(a[key], b[key], rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)

@@ -64,6 +64,34 @@ def test_pushing_sends_adapter_posterior_and_card(trained, monkeypatch):
     assert f"{metrics['bbc_headlines']['nll']:.4f}" in card
 
 
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_the_base_is_quantised_as_it_was(causal_flags, quantization):
+    flags = [*causal_flags, "--modelwrapper", "blob", "--flipout", "none", "--checkpoint"]
+    flags += ["--max-train-steps", "3", "--quantization", quantization]
+    main.main(flags)
+    posterior = load_posterior(run_folder(flags), device="cpu")
+    assert posterior.args.quantization == quantization
+    dataset = build_dataset(main.parse_args(flags), posterior.accelerator)
+    stored = load_file(run_folder(flags) / "predictions.safetensors")["log_probs"]
+    again = posterior.predict(dataset.test_dataloader).log_probs
+    torch.testing.assert_close(again, stored, rtol=1e-3, atol=5e-3)
+
+
+def test_a_hub_repo_sets_no_other_flags_and_brings_no_code(trained, monkeypatch, tmp_path):
+    shutil.copytree(run_folder(trained), tmp_path / "snapshot")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo: str(tmp_path / "snapshot")
+    )
+    file = tmp_path / "snapshot" / "bayes_config.json"
+    config = json.loads(file.read_text())
+    flags = config["flags"] | {"trust_remote_code": True}
+    file.write_text(json.dumps(config | {"flags": flags, "trust_remote_code": True}))
+    assert load_posterior("owner/repo", device="cpu").args.trust_remote_code is False
+    file.write_text(json.dumps(config | {"modelwrapper": "evil.py:Evil"}))
+    with pytest.raises(UsageError, match="code is not taken from a hub repo"):
+        load_posterior("owner/repo", device="cpu")
+
+
 def test_an_adapter_that_does_not_describe_itself_is_an_error(trained):
     folder = run_folder(trained)
     (folder / "bayes_config.json").unlink()

@@ -49,16 +49,11 @@ def test_a_users_own_wandb_run_is_logged_to(causal_flags):
     assert "final/ece" in logger.lines[-1]
 
 
-def test_the_process_is_named_after_the_run(causal_flags):
-    import setproctitle
-
-    title = setproctitle.getproctitle()
-    try:
-        flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "0"]
-        main.main(flags)
-        assert "mle" in setproctitle.getproctitle()
-    finally:
-        setproctitle.setproctitle(title)
+def test_the_process_is_named_after_the_run(causal_flags, monkeypatch):
+    titles = []
+    monkeypatch.setattr("setproctitle.setproctitle", titles.append)
+    main.main([*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "0"])
+    assert len(titles) == 1 and "mle" in titles[0] and "bbc_headlines" in titles[0]
 
 
 def test_args_json_says_what_made_the_run(causal_flags):

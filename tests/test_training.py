@@ -83,7 +83,7 @@ def test_training_learns_and_leaves_every_file(kind, request):
     ]
     metrics = main.main(flags)
     folder = run_folder(flags)
-    assert metrics.acc > 0.6
+    assert metrics.acc > 0.5, "chance is a third"
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "args.json",
@@ -123,17 +123,22 @@ def test_accumulated_gradients_equal_one_large_batch(causal_flags):
         torch.testing.assert_close(small[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_checkpointing_changes_nothing(causal_flags):
-    base = [
-        *causal_flags,
-        "--modelwrapper",
-        "mle",
-        "--max-train-steps",
-        "4",
-        "--lora-dropout",
-        "0.2",
-    ]
+@pytest.mark.parametrize("method", ["mle", "blob"])
+def test_gradient_checkpointing_changes_nothing(causal_flags, method, monkeypatch):
+    """The forward is run again in backward, with the same noise; `replays` counts that it is."""
+    replays = []
+    original = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint,
+        "checkpoint",
+        lambda *args, **kwargs: replays.append(1) or original(*args, **kwargs),
+    )
+    base = [*causal_flags, "--modelwrapper", method, "--max-train-steps", "4"]
+    base += ["--lora-dropout", "0.2", "--bayes-train-n-samples", "2"]
     plain = train([*base, "--log-path", "plain"])
+    assert not replays
+    _, _, wrapper = build([*base, "--gradient-checkpointing", "--log-path", "other"])
+    assert any(getattr(m, "gradient_checkpointing", False) for m in wrapper.modules())
     checkpointed = train([*base, "--log-path", "checkpointed", "--gradient-checkpointing"])
     for key, value in plain.items():
         torch.testing.assert_close(checkpointed[key], value)
@@ -190,6 +195,14 @@ def test_nan_loss_stops_the_run_with_step_and_rows(causal_flags, monkeypatch):
     with pytest.raises(RunError, match=r"nan at update 4, on the rows \[\d+(, \d+){7}\]"):
         main.main(flags)
     assert len(history(run_folder(flags))) == 3
+
+
+def test_a_diverging_kl_is_named_as_such(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "blob", "--max-train-steps", "7"]
+    with pytest.raises(
+        RunError, match=r"at update 2.*or lower the learning rates \(--lr, --bayes-kllr\)"
+    ):
+        main.main([*flags, "--bayes-kllr", "1e25"])
 
 
 def test_only_lora_parameters_move(causal_flags):

@@ -76,6 +76,26 @@ def test_every_verb_can_be_overridden(classifier_flags, custom):
     main.main([*classifier_flags, "--max-train-steps", "2", "--modelwrapper", custom(text)])
 
 
+def test_a_training_loop_of_ones_own_uses_the_steps(classifier_flags, custom):
+    text = (
+        CLASSIFIER
+        + """
+    def fit(self, train_loader, eval_loader=None):
+        self.train()
+        for batch in train_loader:
+            self.losses = [*getattr(self, "losses", []), float(self.training_step(batch)["nll"])]
+            self.optimizer_step()
+            self.step += 1
+
+    def fit_evaluate(self):
+        metrics = super().fit_evaluate()
+        assert len(self.losses) == 5 and self.step == 5
+        return metrics
+"""
+    )
+    main.main([*classifier_flags, "--n-epochs", "1", "--modelwrapper", custom(text)])
+
+
 def test_a_method_has_flags_hooks_and_draws_of_its_own(classifier_flags, custom):
     """A posterior in a dozen lines: noise on the logits, N draws, its own flag."""
     text = """

@@ -31,6 +31,10 @@ WITHOUT_EFFECT = {
 }
 
 
+# Said of one call, not of the run: `--config` does not repeat them.
+NOT_REPEATED = ("config", "resume", "overwrite")
+
+
 class Args(argparse.Namespace):
     """Parsed flags: attributes as in argparse, and nothing writes to them after `freeze`."""
 
@@ -110,7 +114,6 @@ seed = _number(int, 0, 2**32 - 1, False, "a whole number between 0 and 2^32 - 1"
 positive_float = _number(float, 0, 1e30, True, "a number greater than 0")
 nonnegative_float = _number(float, 0, 1e30, False, "a number of at least 0")
 fraction = _number(float, 0, 1, False, "a number between 0 and 1")
-any_float = _number(float, -1e30, 1e30, False, "a number")
 
 
 def add_switch(group, *names: str, help: str, default: bool = False) -> None:
@@ -124,6 +127,7 @@ def add_switch(group, *names: str, help: str, default: bool = False) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group "run": where the run is kept, how it is seeded and followed."""
     run = parser.add_argument_group("run")
     run.add_argument("--modelwrapper", metavar="METHOD", help="a method's name, or FILE.py:CLASS")
     run.add_argument("--seed", type=seed, default=1, help="seed of weights and everything below")
@@ -165,6 +169,7 @@ def _spelling(name: str) -> str:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group "training": length, optimizer, evaluation."""
     training = parser.add_argument_group("training")
     training.add_argument("--loss", choices=["nll"], default="nll")
     training.add_argument("--n-epochs", type=count, default=0, help="passes over the data")
@@ -209,9 +214,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--bayes-eval-n-samples-final", type=positive_int, default=10, help="draws at the end"
     )
     add_switch(training, "--bayes-inference-notsample", help="predict with the posterior mean")
+    add_switch(
+        training, "--temperature-scaling", help="also report a temperature fitted on held-out rows"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group "model and LoRA": base model and adapter."""
     model = parser.add_argument_group("model and LoRA")
     model.add_argument("--model", help="hub id, local folder, smollm2-135m or minilm-l6")
     model.add_argument("--model-type", choices=["causallm", "seqcls"])
@@ -239,11 +248,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group "data": rows and their split."""
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", "--task", help="a data set's name, or FILE.py:NAME")
     data.add_argument("--dataset-type", choices=["mcdataset", "bertds"])
     data.add_argument("--data-dir", help="folder with train, validation or test files")
-    data.add_argument("--testing-set", "--testing_set", choices=["val", "test"], default="val")
+    data.add_argument(
+        "--testing-set",
+        "--testing_set",
+        choices=["val", "test", "train_val", "train_train_val", "train_val_val"],
+        default="val",
+        help="what is evaluated; train_val: a held-out part of the training set",
+    )
+    data.add_argument(
+        "--anchor-size",
+        type=positive_int,
+        default=500,
+        help="rows for post-hoc methods, unlabelled",
+    )
+    data.add_argument(
+        "--held-out", type=fraction, default=0.2, help="share of the training set that is held out"
+    )
+    data.add_argument("--seed-split", type=seed, default=0, help="seed of what is held out")
     data.add_argument("--max-seq-len", type=positive_int, default=300, help="tokens per row")
     data.add_argument("--limit-train", type=count, default=0, help="first rows only; 0: all")
     data.add_argument("--limit-eval", type=count, default=0, help="first rows only; 0: all")
@@ -298,7 +324,11 @@ def finish(
         UsageError: unknown flags, broken rules, contradictions (both flags are named).
     """
     args = parser.parse_strictly([*_as_argv(parser, config), *argv], Args())
-    args.given = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
+    args.given = {
+        key: value
+        for key, value in vars(args).items()
+        if value != parser.get_default(key) and key not in NOT_REPEATED
+    }
     if ".py:" not in (args.modelwrapper or ""):
         args.modelwrapper = (args.modelwrapper or "").lower()
 
@@ -353,6 +383,8 @@ def _as_argv(parser: Parser, config: dict[str, Any]) -> list[str]:
     spellings = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
     argv: list[str] = []
     for key, value in config.items():
+        if key in NOT_REPEATED:
+            continue
         if key not in spellings:
             raise UsageError(f"--config: unknown flag '{key}'{did_you_mean(key, spellings)}")
         if value is not None:

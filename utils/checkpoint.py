@@ -57,11 +57,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; what JSON does not know is written as text."""
     text = json.dumps(content, indent=1, default=str) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors as safetensors, atomically."""
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
 
@@ -80,9 +82,19 @@ def read_json(path: Path, what: str) -> Any:
         raise UsageError(f"{what}: {path} cannot be read as JSON ({error}).") from None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise UsageError(f"{what}: {path} cannot be read as safetensors ({error}).") from None
+        raise
 
 
 # --- nested state <-> safetensors + JSON --------------------------------------------------------
@@ -125,17 +137,18 @@ def join_tensors(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of torch's random number generators on the CPU and on every CUDA device."""
+    """The state of torch's random number generators on the CPU and on this process's GPU."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
+    """The inverse of `rng_state`."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -311,7 +324,7 @@ class RunFolder:
 
         def read(name: str) -> Any:
             structure = read_json(newest / f"{name}.json", "--resume")
-            return join_tensors(structure, read_tensors(newest / f"{name}.safetensors"))
+            return join_tensors(structure, read_tensors(newest / f"{name}.safetensors", "--resume"))
 
         state, rng = read("state"), read(f"rng-{self.rank}")
         return state, lambda: set_rng_state(rng)

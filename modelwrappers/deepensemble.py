@@ -1,0 +1,174 @@
+r"""Deep ensemble (Lakshminarayanan et al., arXiv 1612.01474) of adapters on one frozen base.
+
+M members, each with its own initialisation and its own order of the data, are trained one after
+the other; their probabilities are averaged. Prediction is one mixed batch: the rows are stacked M
+times and PEFT sends each copy through its member's adapter. (The published code trains the members
+interleaved on the same batches and averages logits.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from modelwrappers.backbone import head_modules
+from modelwrappers.wrapperbase import Batch, WrapperBase
+from utils.args import positive_int
+from utils.errors import UsageError
+from utils.logging import logger
+from utils.seeding import mix_seed
+
+
+class DeepEnsemble(WrapperBase):
+    """M independently trained adapters; member 0 is PEFT's "default"."""
+
+    is_stochastic = True
+
+    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
+        size = args.ensemble_n or _members_of(Path(args.load_lora_path))
+        heads = head_modules(model) if args.model_type == "seqcls" else []
+        if heads:
+            _give_heads_of_their_own(peft_config, heads)
+        super().__init__(model, peft_config, args, accelerator, adapter_name)
+        self.members = [adapter_name, *(f"member{i}" for i in range(1, size))]
+        for name in self.members[1:]:
+            self.add_adapter(name, peft_config)
+            self._renew_head(name, heads)
+        self.eval_n_samples = size
+        self.member = 0
+        self.set_adapter(adapter_name)
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    @classmethod
+    def add_arguments(cls, parser) -> None:
+        group = parser.add_argument_group("deep ensemble")
+        group.add_argument(
+            "--ensemble-n", type=positive_int, help="members (default: 3, or the loaded ensemble's)"
+        )
+
+    @classmethod
+    def check_arguments(cls, args) -> None:
+        if args.ensemble_n is None and args.load_lora_path is None:
+            args.ensemble_n = 3
+
+    def fit(self, train_loader: Iterable[Batch], eval_loader=None) -> None:
+        """Train every member in turn; a resumed run goes on in the member it was in."""
+        self._resume_once()
+        for member in range(self.member, len(self.members)):
+            if member > self.member:
+                self._begin(member)
+            logger.info("Member %d of %d", member + 1, len(self.members))
+            sampler = getattr(train_loader, "batch_sampler", None)
+            if member > 0 and hasattr(sampler, "seed"):
+                sampler.seed = mix_seed("member's order", self.args.seed_data, member)
+            super().fit(train_loader, eval_loader)
+
+    def _begin(self, member: int) -> None:
+        """Make `member` the one that is trained, with optimizers and noise of its own."""
+        self.member = member
+        self.set_adapter(self.members[member])
+        self.step, self._position = 0, (0, 0)
+        self.configure_optimizers()
+        self._renew_view()
+        rank = self.accelerator.process_index
+        torch.manual_seed(mix_seed("training noise", self.args.seed_sampling, rank, member))
+
+    @property
+    def global_step(self) -> int:
+        return self.member * self.num_training_steps + self.step
+
+    def state_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of all members: the finished ones are part of the state, too."""
+        return [(n, p) for n, p in self.named_parameters() if _is_adapter(n, self.members)]
+
+    def method_state(self) -> dict[str, Any]:
+        return {"member": self.member}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        self._begin(state["member"])
+
+    def method_config(self) -> dict[str, Any]:
+        return {"members": self.members}
+
+    def final_draws(self) -> int:
+        """One draw per member."""
+        return len(self.members) if hasattr(self, "members") else 1
+
+    # --- logits -----------------------------------------------------------------------------------
+
+    def forward_logits(
+        self, batch: Batch, sample: bool = True, n_samples: int = 1, **kwargs
+    ) -> Float[Tensor, "B N C"]:
+        """(B, M, C): the logits of every member; in training (B, 1, C), those of the active one.
+
+        `sample=False` gives the log of the members' mean probability, (B, 1, C): the mean of their
+        weights would be no member's function.
+        """
+        if self.training:
+            return self._batch_logits(batch).unsqueeze(1)
+        rows = batch["input_ids"].shape[0]
+        most = max(1, self.args.eval_batch_size // rows)
+        parts = []
+        for start in range(0, len(self.members), most):
+            names = self.members[start : start + most]
+            stacked = {key: torch.cat([value] * len(names)) for key, value in batch.items()}
+            adapter_names = [name for name in names for _ in range(rows)]
+            logits = self._batch_logits(stacked, adapter_names=adapter_names)  # (M*B, C)
+            parts.append(logits.unflatten(0, (len(names), rows)))
+        logits = torch.cat(parts).transpose(0, 1)  # (B, M, C)
+        if sample:
+            return logits
+        return logits.float().softmax(-1).mean(1, keepdim=True).log()
+
+    # --- members ----------------------------------------------------------------------------------
+
+    def _renew_head(self, member: str, heads: list[str]) -> None:
+        """PEFT copies the head for each adapter; a new one must not begin alike in all members."""
+        base = self.get_base_model()
+        for name in heads:
+            if name.startswith(f"{base.base_model_prefix}."):  # a pooler: its weights are loaded
+                continue
+            layer = base.get_submodule(name).modules_to_save[member]
+            nn.init.normal_(layer.weight, std=getattr(base.config, "initializer_range", 0.02))
+
+    def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
+        """Load member 0 from `folder` and the others from its subfolders.
+
+        Raises:
+            UsageError: the folder holds another number of members than --ensemble-n.
+        """
+        found = _members_of(folder)
+        if found != len(self.members):
+            raise UsageError(
+                f"--load-lora-path: {folder} holds {found} member(s), but --ensemble-n is "
+                f"{len(self.members)}; pass --ensemble-n {found}, or train the others."
+            )
+        super().load_adapter_weights(folder, self.members[0])
+        for name in self.members[1:]:
+            super().load_adapter_weights(folder / name, name)
+
+
+def _members_of(folder: Path) -> int:
+    return 1 + sum(1 for _ in folder.glob("member*/adapter_config.json"))
+
+
+def _is_adapter(name: str, members: list[str]) -> bool:
+    parts = name.split(".")
+    return any(member in parts for member in members)
+
+
+def _give_heads_of_their_own(config, heads: list[str]) -> None:
+    """Every member trains and saves the head's linear layers whole, also where LoRA was asked for.
+
+    Base weights under LoRA are trained in place: one head for all members. And PEFT sends a mixed
+    batch through plain linear layers, but not through a head of several.
+    """
+    config.modules_to_save = heads
+    config.target_modules = set(config.target_modules) - set(heads)
+    config.task_type = None  # else stock PEFT would wrap the whole head when it loads the adapter

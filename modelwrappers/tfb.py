@@ -1,0 +1,216 @@
+r"""TFB, training-free Bayesianization of a trained adapter (arXiv 2412.05723).
+
+Per layer $B = U D V^T$; the product stays the same with $B' = U D$ and $A' = V^T A$. A' gets
+Gaussian noise with $\Omega_{ij} = \sigma_q / d_i$, so that the noise of the weights is isotropic in
+B's column space: $B' (\Omega \circ E) = \sigma_q U E$. One scalar $\sigma_q$ serves the
+whole model: the largest one that leaves the predictions of an anchor set within a tolerance. The
+result is an ordinary posterior adapter; its draws run on the layer that BLoB's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from modelwrappers.stochastic_lora import (
+    FLIPOUT,
+    RHO,
+    Draws,
+    attach_posterior,
+    posterior_mean,
+    spread_tensors,
+)
+from modelwrappers.wrapperbase import Batch, WrapperBase
+from utils.args import add_switch, positive_float, positive_int
+from utils.checkpoint import read_json
+from utils.errors import RunError, UsageError
+from utils.logging import logger, notice_once
+from utils.metrics import negative_log_likelihood, posterior_predictive
+
+SMALLEST_SIGMA = 0.001
+
+
+class TFB(WrapperBase):
+    """Gaussian posterior on A, found by search instead of training."""
+
+    is_stochastic = True
+    posterior_flags = ("flipout", "bayes_inference_notsample")
+
+    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
+        super().__init__(model, peft_config, args, accelerator, adapter_name)
+        self.draws = Draws(args.flipout)
+        attach_posterior(self, adapter_name, 1.0, self.draws)
+        self.sigma: float | None = None
+        self.search: list[dict[str, float | bool]] = []
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    @classmethod
+    def add_arguments(cls, parser) -> None:
+        group = parser.add_argument_group("TFB")
+        group.add_argument(
+            "--th", type=positive_float, help="tolerance (default: 0.003; flips 0.01)"
+        )
+        group.add_argument("--iter", type=positive_int, default=5, help="steps of the bisection")
+        group.add_argument(
+            "--bayes-beta", type=positive_float, default=0.015, help="largest sigma_q tried"
+        )
+        group.add_argument(
+            "--tfb-criterion",
+            choices=["nll", "flips"],
+            help="what the tolerance bounds: relative change of the NLL, share of changed answers",
+        )
+        group.add_argument(
+            "--flipout", choices=FLIPOUT, default="token", help="what gets its own random signs"
+        )
+        for name in ("--bayes-klreweighting", "--bayes-datasetrescaling"):
+            add_switch(group, name, help="no effect: nothing is trained")
+        for name in ("--bayes-eps", "--bayes-gamma", "--bayes-kllr"):
+            group.add_argument(name, help="no effect: nothing is trained")
+
+    @classmethod
+    def check_arguments(cls, args) -> None:
+        if args.load_lora_path is None:
+            raise UsageError(
+                "TFB makes a trained adapter Bayesian, but there is none; pass --load-lora-path."
+            )
+        if args.max_train_steps or args.n_epochs:
+            notice_once("TFB trains nothing: --max-train-steps and --n-epochs have no effect.")
+            args.max_train_steps = args.n_epochs = 0
+        if args.bayes_beta <= SMALLEST_SIGMA:
+            raise UsageError(
+                f"--bayes-beta is {args.bayes_beta}; the search goes from {SMALLEST_SIGMA} up to "
+                "it, so it must be larger."
+            )
+        criterion = "flips" if args.modelwrapper == "tfblora_acc" else "nll"
+        args.tfb_criterion = args.tfb_criterion or criterion
+        args.th = args.th or {"nll": 0.003, "flips": 0.01}[args.tfb_criterion]
+
+    def sampling(self, n_samples: int) -> AbstractContextManager:
+        return self.draws.stacked(n_samples)
+
+    def method_config(self) -> dict[str, Any]:
+        return {
+            "parametrisation": "std = lora_A_rho^2",
+            "sigma_q": self.sigma,
+            "criterion": self.args.tfb_criterion,
+            "tolerance": self.args.th,
+            "search": self.search,
+        }
+
+    # --- the method -------------------------------------------------------------------------------
+
+    def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
+        """Load, then rotate every layer; an adapter that TFB saved is taken as it is."""
+        super().load_adapter_weights(folder, adapter_name)
+        description = folder / "bayes_config.json"
+        if description.is_file():
+            config = read_json(description, "--load-lora-path")
+            if config["modelwrapper"].startswith("tfb"):
+                self.sigma, self.search = config["sigma_q"], config["search"]
+                return
+        reparametrise(self, adapter_name)
+
+    def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return spread_tensors(self, self.active_adapter) | super()._adapter_tensors(tensors)
+
+    def fit_evaluate(self):
+        if self.sigma is None:
+            self.sigma = self._largest_sigma(self.dataset.anchor_dataloader)
+            logger.info("TFB: sigma_q = %.5f", self.sigma)
+        return super().fit_evaluate()
+
+    def _largest_sigma(self, anchors: Iterable[Batch]) -> float:
+        """Bisection on [0.001, --bayes-beta]; the largest sigma tried that meets the tolerance.
+
+        Raises:
+            RunError: not even the smallest does.
+        """
+        draws = self.eval_n_samples or self.args.bayes_eval_n_samples_final
+        self.eval_n_samples = 0
+        mean = posterior_predictive(self.predict(anchors).log_probs)
+        labels = mean.argmax(-1)  # the adapter's own answers: no labels are needed
+        reference = negative_log_likelihood(mean, labels)
+        self.eval_n_samples = draws
+
+        def meets_tolerance(sigma: float) -> bool:
+            set_spread(self, self.active_adapter, sigma)
+            log_probs = posterior_predictive(self.predict(anchors).log_probs)
+            if self.args.tfb_criterion == "nll":
+                change = abs(negative_log_likelihood(log_probs, labels) - reference) / reference
+            else:
+                change = (log_probs.argmax(-1) != labels).double().mean().item()
+            accepted = change <= self.args.th
+            self.search.append({"sigma_q": sigma, "change": change, "accepted": accepted})
+            logger.info("TFB: sigma_q %.5f changes the anchors by %.4f", sigma, change)
+            return accepted
+
+        low, high, best = SMALLEST_SIGMA, self.args.bayes_beta, None
+        for _ in range(self.args.iter):
+            middle = (low + high) / 2
+            if meets_tolerance(middle):
+                low = best = middle
+            else:
+                high = middle
+        if best is None:
+            if not meets_tolerance(SMALLEST_SIGMA):
+                change = self.search[-1]["change"]
+                raise RunError(
+                    f"no sigma_q meets --th {self.args.th}: the smallest, {SMALLEST_SIGMA}, "
+                    f"changes the anchors by {change:.4f}. Raise --th, or take more draws "
+                    "(--bayes-eval-n-samples-final)."
+                )
+            best = SMALLEST_SIGMA
+        set_spread(self, self.active_adapter, best)
+        if self.args.bayes_inference_notsample:
+            self.eval_n_samples = 0
+        return best
+
+
+def _layers(model, adapter: str) -> list[tuple[str, LoraLayer]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in getattr(module, RHO, {})
+    ]
+
+
+def _weight_b(module: LoraLayer, adapter: str) -> Tensor:
+    if adapter in module.lora_embedding_B:
+        return module.lora_embedding_B[adapter]
+    return module.lora_B[adapter].weight
+
+
+def reparametrise(model, adapter: str) -> None:
+    r"""Write every layer's product as $B' A'$ with orthogonal columns in B': $U D$ and $V^T A$.
+
+    Raises:
+        UsageError: a layer's B is zero, so there is no direction to put noise into.
+    """
+    for name, module in _layers(model, adapter):
+        weight_a, weight_b = posterior_mean(module, adapter), _weight_b(module, adapter)
+        u, d, vt = torch.linalg.svd(weight_b.detach().double(), full_matrices=False)
+        if d[0] == 0:
+            raise UsageError(
+                f"TFB: B of the layer {name} is zero, so the adapter was never trained; train it."
+            )
+        weight_b.data.copy_(u * d)
+        weight_a.data.copy_(vt @ weight_a.detach().double())
+
+
+def set_spread(model, adapter: str, sigma: float) -> None:
+    r"""$\Omega_{ij} = \sigma_q / d_i$, with $d_i$ the length of the i-th column of B'.
+
+    A direction that B does not have ($d_i$ next to nothing) gets no noise.
+    """
+    for _, module in _layers(model, adapter):
+        d = _weight_b(module, adapter).detach().double().norm(dim=0)  # (r,)
+        std = torch.where(d > 1e-6 * d.max(), sigma / d.clamp(min=1e-30), 0.0)
+        rho = getattr(module, RHO)[adapter]
+        rho.data.copy_(std.sqrt()[:, None].expand_as(rho))

@@ -1,0 +1,129 @@
+"""Deep ensemble: independent members, one mixed batch, whole folders, resume within a member."""
+
+import json
+
+import pytest
+import torch
+from conftest import build, run_folder
+from safetensors.torch import load_file
+
+import main
+from modelwrappers.deepensemble import DeepEnsemble
+from utils.errors import UsageError
+from utils.metrics import posterior_predictive
+
+KINDS = ["causal_flags", "classifier_flags"]
+
+
+def ensemble(flags, *more, size=3):
+    flags = [*flags, "--modelwrapper", "deepensemble", "--ensemble-n", str(size), *more]
+    return [*flags, "--max-train-steps", "5", "--checkpoint"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch_equals_evaluation_member_by_member(kind, request):
+    flags = ensemble(request.getfixturevalue(kind), "--eval-batch-size", "16")
+    _, dataset, wrapper = build(flags)
+    wrapper.fit_evaluate()
+    mixed = wrapper.predict(dataset.test_dataloader).log_probs
+    assert mixed.shape == (37, 3, 5)
+    wrapper.eval()
+    for number, name in enumerate(wrapper.members):
+        wrapper.set_adapter(name)
+        for batch in dataset.test_dataloader:
+            with torch.no_grad():
+                alone = wrapper._batch_logits(wrapper.model_inputs(batch)).log_softmax(-1)
+            torch.testing.assert_close(mixed[batch["index"], number], alone, rtol=1e-5, atol=1e-5)
+    assert mixed.std(1).min() > 0, "members differ"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", [[], ["--apply-classhead-lora"]])
+def test_members_begin_and_end_apart(kind, head, request):
+    _, _, wrapper = build(ensemble(request.getfixturevalue(kind), *head))
+    begin = {n: p.detach().clone() for n, p in wrapper.state_parameters()}
+    for name in [n for n in begin if ".default" in n]:
+        other = begin[name.replace(".default", ".member1")]
+        constant = begin[name].abs().sum() == 0 or "bias" in name or "pooler" in name
+        assert constant or not torch.equal(begin[name], other), name
+    wrapper.fit_evaluate()
+    end = dict(wrapper.state_parameters())
+    for name, value in end.items():
+        assert not torch.equal(value, begin[name]), f"{name} was trained"
+    for name in [n for n in end if ".default" in n]:
+        assert not torch.equal(end[name], end[name.replace(".default", ".member2")])
+
+
+def test_an_ensemble_of_one_is_map(causal_flags, classifier_flags):
+    for flags in (causal_flags, classifier_flags):
+        one = main.main([*ensemble(flags, size=1), "--opt-wd", "1e-5"])
+        assert one == main.main([*flags, "--modelwrapper", "map", "--max-train-steps", "5"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_as_one_folder_and_loaded_whole(kind, request):
+    flags = ensemble(request.getfixturevalue(kind))
+    main.main(flags)
+    folder = run_folder(flags)
+    assert {p.parent.name for p in folder.glob("*/adapter_config.json")} == {"member1", "member2"}
+    stored = load_file(folder / "predictions.safetensors")["log_probs"]
+    base = request.getfixturevalue(kind)
+    loaded = [*base, "--modelwrapper", "deepensemble", "--load-lora-path", str(folder)]
+    _, dataset, again = build(loaded)
+    assert len(again.members) == 3, "the folder knows"
+    torch.testing.assert_close(
+        again.predict(dataset.test_dataloader).log_probs, stored, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_ensemble_of_one_loaded_as_three_is_an_error(causal_flags):
+    flags = ensemble(causal_flags, size=1)
+    main.main(flags)
+    with pytest.raises(UsageError, match=r"holds 1 member\(s\), but --ensemble-n is 3"):
+        build(
+            [
+                *(*causal_flags, "--modelwrapper", "deepensemble", "--ensemble-n", "3"),
+                *("--load-lora-path", str(run_folder(flags))),
+            ]
+        )
+
+
+@pytest.mark.parametrize("member", [0, 1, 2])
+def test_a_killed_run_resumes_in_the_member_it_was_in(causal_flags, monkeypatch, member):
+    flags = [*ensemble(causal_flags, "--lora-dropout", "0.2"), "--save-per-steps", "2"]
+    whole, cut = [*flags, "--log-path", "whole"], [*flags, "--log-path", "cut"]
+    main.main(whole)
+    original = DeepEnsemble.optimizer_step
+
+    def killed(self):
+        if self.member == member and self.step == 3:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(DeepEnsemble, "optimizer_step", killed)
+    assert main.run(cut) == 130
+    monkeypatch.undo()
+    main.main([*cut, "--resume"])
+    for path in run_folder(whole).rglob("adapter_model.safetensors"):
+        other = run_folder(cut) / path.relative_to(run_folder(whole))
+        assert path.read_bytes() == other.read_bytes(), path
+    history = [
+        [json.loads(line)["step"] for line in (run_folder(f) / "history.jsonl").open()]
+        for f in (whole, cut)
+    ]
+    assert history[0] == history[1] == list(range(1, 16))
+
+
+def test_probabilities_are_averaged_not_logits(causal_flags):
+    _, dataset, wrapper = build(ensemble(causal_flags))
+    metrics = wrapper.fit_evaluate()
+    log_probs, labels, _ = wrapper.predictions
+    mean = log_probs.exp().mean(1)
+    assert metrics.nll == pytest.approx(-mean[range(37), labels].log().mean().item(), rel=1e-5)
+    batch = wrapper.model_inputs(next(iter(dataset.test_dataloader)))
+    wrapper.eval()
+    with torch.no_grad():
+        point = wrapper.forward_logits(batch, sample=False)
+        members = wrapper.forward_logits(batch)
+    expected = posterior_predictive(members.log_softmax(-1)).float()
+    torch.testing.assert_close(point[:, 0], expected, rtol=1e-4, atol=1e-5)
