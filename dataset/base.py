@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -132,19 +133,33 @@ class DatasetBase(ABC):
     Attributes:
         tasks: this kind's table of `Task` records.
         padding_side: "left" for causal LMs, whose answer is read at the last position.
+        target_ids_are_tokens: whether classes are tokens (a causal LM's), not a head's outputs.
         task, tokenizer: what the flags named.
     """
 
     tasks: ClassVar[Mapping[str, Task]]
     padding_side: ClassVar[str]
+    target_ids_are_tokens: ClassVar[bool] = False
 
-    def __init__(self, args, accelerator, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self,
+        args,
+        accelerator,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+    ) -> None:
         self.args = args
         self.accelerator = accelerator
-        self.task: Task = lookup(self.tasks, args.dataset, "data set")
+        name = name or args.dataset
+        self.task: Task = lookup(self.tasks, name, "data set")
         if not isinstance(self.task, Task):
-            raise UsageError(f"--dataset {args.dataset}: it must be a dataset.tasks.Task record.")
+            raise UsageError(f"--dataset {name}: it must be a dataset.tasks.Task record.")
+        if args.ood_ori_dataset is not None:
+            self._take_answers_of(lookup(self.tasks, args.ood_ori_dataset, "data set"))
+        is_shifted = name != args.dataset
         self.eval_split = EVALUATED.get(args.testing_set, args.testing_set)
+        if is_shifted and args.testing_set == "train_val":
+            self.eval_split = "val"
         if self.eval_split not in self.task.splits:
             raise UsageError(
                 f"--testing-set {args.testing_set}: {self.task.name} has no labelled split of that "
@@ -155,6 +170,32 @@ class DatasetBase(ABC):
         accelerator.wait_for_everyone()
         if not accelerator.is_local_main_process:
             self.tokenizer = tokenizer or load_tokenizer(args)
+
+    def _take_answers_of(self, source: Task) -> None:
+        """Let the answers be those that the adapter was trained on, where they agree with ours.
+
+        They do if ours are the source's first ones: obqa's A to D for an adapter trained on ARC's A
+        to E, which may then answer E.
+
+        Raises:
+            UsageError: a classifier's classes are others than those it was trained for.
+        """
+        own = self.task.choices
+        if source.choices[: len(own)] == own:
+            self.task = dataclasses.replace(self.task, choices=source.choices)
+        elif self.target_ids_are_tokens:
+            logger.info(
+                "--ood-ori-dataset %s has other answers (%s); those of %s are read: %s.",
+                source.name,
+                ", ".join(source.choices),
+                self.task.name,
+                ", ".join(own),
+            )
+        else:
+            raise UsageError(
+                f"--ood-ori-dataset {source.name} has the classes {', '.join(source.choices)}, but "
+                f"{self.task.name} has {', '.join(own)}; a classifier cannot change its classes."
+            )
 
     # --- what methods need ------------------------------------------------------------------------
 
@@ -193,7 +234,7 @@ class DatasetBase(ABC):
 
     @cached_property
     def test_rows(self) -> list[Example]:
-        if self.args.testing_set == "train_val":
+        if self.eval_split == "train":
             return self.held_out_rows[: self.args.limit_eval or None]
         return self._examples(self.eval_split, self.args.limit_eval)
 
@@ -205,6 +246,24 @@ class DatasetBase(ABC):
         rows = self._examples("val", 0) if is_validation else self.train_rows
         order = _seeded_order(len(rows), "anchors", self.args.seed_split)
         return [rows[i] for i in order[: self.args.anchor_size]]
+
+    @cached_property
+    def ood_datasets(self) -> dict[str, DatasetBase]:
+        """--ood-datasets: shifted data that the same posterior is evaluated on.
+
+        Raises:
+            UsageError: a classifier's classes are others than those it was trained for.
+        """
+        others = {}
+        for name in self.args.ood_datasets or ():
+            other = type(self)(self.args, self.accelerator, self.tokenizer, name)
+            if not self.target_ids_are_tokens and other.task.choices != self.task.choices:
+                raise UsageError(
+                    f"--ood-datasets {name} has the classes {', '.join(other.task.choices)}, but "
+                    f"the classifier is one for {', '.join(self.task.choices)}."
+                )
+            others[other.task.name] = other
+        return others
 
     @property
     def _holds_out(self) -> bool:
@@ -263,7 +322,9 @@ class DatasetBase(ABC):
         """Token lists of one row, and whether it had to be cut to fit --max-seq-len."""
 
     def _examples(self, split: str, limit: int) -> list[Example]:
-        rows = load_rows(self.task.source, self.task.splits[split], self.args.data_dir)
+        rows = load_rows(
+            self.task.source, self.task.splits[split], self.args.data_dir, self.task.name
+        )
         examples, num_cut = [], 0
         for index, (where, row) in enumerate(rows[: limit or None]):
             missing = [column for column in self.task.columns if row.get(column) is None]

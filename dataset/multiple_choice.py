@@ -16,9 +16,10 @@ class MultipleChoice(DatasetBase):
 
     tasks = MULTIPLE_CHOICE_TASKS
     padding_side = "left"
+    target_ids_are_tokens = True
 
-    def __init__(self, args, accelerator, tokenizer=None) -> None:
-        super().__init__(args, accelerator, tokenizer)
+    def __init__(self, args, accelerator, tokenizer=None, name=None) -> None:
+        super().__init__(args, accelerator, tokenizer, name)
         self._target_ids = torch.tensor(self._answer_tokens())
 
     @property

@@ -47,6 +47,17 @@ class Hub:
 
 
 @dataclass(frozen=True)
+class HubGroup:
+    """Several configurations of one data set on the hub, one after the other (MMLU's subjects)."""
+
+    path: str
+    configs: tuple[str, ...]
+
+    def rows(self, split: str) -> list[tuple[str, Row]]:
+        return [row for config in self.configs for row in Hub(self.path, config).rows(split)]
+
+
+@dataclass(frozen=True)
 class BBCNews:
     """The embedded corpus: `text` (headline or body) and `topic` of each article."""
 
@@ -63,16 +74,22 @@ class BBCNews:
         ]
 
 
-Source = Hub | BBCNews
+Source = Hub | HubGroup | BBCNews
 
 
-def load_rows(source: Source, split: str, data_dir: str | None) -> list[tuple[str, Row]]:
+def load_rows(source: Source, split: str, data_dir: str | None, name: str) -> list[tuple[str, Row]]:
     """(where, row) of one split, from `data_dir` if given, else from the task's own source.
+
+    Several data sets may stand in one `data_dir`, each in a folder of its name.
 
     Raises:
         UsageError: nothing can be found or read there; the message says what was looked for.
     """
-    rows = _local_rows(Path(data_dir), split) if data_dir else source.rows(split)
+    if data_dir:
+        folder = Path(data_dir)
+        rows = _local_rows(folder / name if (folder / name).is_dir() else folder, split)
+    else:
+        rows = source.rows(split)
     if not rows:
         raise UsageError(f"{data_dir or source} has no rows in split '{split}'.")
     return rows

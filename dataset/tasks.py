@@ -6,11 +6,12 @@ arXiv 2308.13111; BLoB, arXiv 2406.11675). The embedded tasks are this project's
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dataset.sources import BBCNews, Hub, Row, Source
+from dataset.sources import BBCNews, Hub, HubGroup, Row, Source
 from utils.embedded import TOPICS
 
 
@@ -73,6 +74,16 @@ def class_index(num_labels: int, key: str = "label") -> Callable[[Row], int]:
     return label
 
 
+def zero_based(key: str) -> Callable[[Row], int]:
+    """An index from 0 on, as in MMLU and HellaSwag."""
+    return lambda row: int(row[key])
+
+
+def sciq_label(row: Row) -> int:
+    """Where `sciq_choices` has put the right answer."""
+    return sciq_choices(row).index(row["correct_answer"])
+
+
 def boolean_answer(key: str) -> Callable[[Row], int]:
     """True -> 0, False -> 1: the order of the answer words."""
 
@@ -111,6 +122,33 @@ def obqa_prompt(row: Row) -> Prompt:
     return multiple_choice(row["question_stem"], row["choices"]["text"])
 
 
+def mmlu_prompt(row: Row) -> Prompt:
+    return multiple_choice(row["question"], row["choices"])
+
+
+def commonsense_qa_prompt(row: Row) -> Prompt:
+    return multiple_choice(row["question"], row["choices"]["text"])
+
+
+def sciq_choices(row: Row) -> list[str]:
+    """The right answer and the three distractors, in an order that hangs on the question only.
+
+    The source names them apart: in any fixed order the answer would always have the same letter.
+    """
+    texts = [row["correct_answer"], *(row[f"distractor{i}"] for i in (1, 2, 3))]
+    return sorted(
+        texts, key=lambda text: hashlib.sha256((row["question"] + text).encode()).digest()
+    )
+
+
+def sciq_prompt(row: Row) -> Prompt:
+    return multiple_choice(row["question"], sciq_choices(row))
+
+
+def hellaswag_prompt(row: Row) -> Prompt:
+    return multiple_choice(f"Which ending completes this text? {row['ctx']}", row["endings"])
+
+
 def boolq_prompt(row: Row) -> Prompt:
     return Prompt(
         "Read the passage below and answer the question with the words 'true' or 'false'.\n\n"
@@ -125,6 +163,11 @@ def bbc_prompt(row: Row) -> Prompt:
     # near chance on letters.
     words = ", ".join(TOPICS)
     return Prompt(f"Topics: {words}.\n\nNews: ", row["text"], "\nTopic:")
+
+
+def wic_sentences(row: Row) -> tuple[str, str]:
+    """The word is part of the input: the sentences alone do not say whose sense is asked for."""
+    return f"{row['word']}: {row['sentence1']}", row["sentence2"]
 
 
 def sentences(*keys: str) -> Callable[[Row], tuple[str, ...]]:
@@ -156,6 +199,30 @@ def _arc(name: str) -> Task:
         choices=LETTERS,
         prompt=arc_prompt,
         label=letter_or_number("answerKey"),
+    )
+
+
+def _mmlu(name: str, *subjects: str) -> Task:
+    return Task(
+        name=f"MMLU-{name}",
+        source=HubGroup("cais/mmlu", subjects),
+        splits={"val": "test", "test": "test"},
+        columns=("question", "choices", "answer"),
+        choices=LETTERS[:4],
+        prompt=mmlu_prompt,
+        label=zero_based("answer"),
+    )
+
+
+def _super_glue(name: str, keys: tuple[str, ...], choices: tuple[str, ...], **other) -> Task:
+    return Task(
+        name=name,
+        source=Hub("aps/super_glue", name),
+        splits=TRAIN_VALIDATION,
+        columns=(*keys, "label"),
+        choices=choices,
+        label=class_index(len(choices)),
+        **({"prompt": sentences(*keys)} | other),
     )
 
 
@@ -211,6 +278,55 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         prompt=boolq_prompt,
         label=boolean_answer("answer"),
     ),
+    _mmlu("chem", "college_chemistry"),
+    _mmlu("phy", "college_physics"),
+    _mmlu("bio", "college_biology"),
+    _mmlu(
+        "cs",
+        "college_computer_science",
+        "high_school_computer_science",
+        "computer_security",
+        "machine_learning",
+    ),
+    _mmlu("eng", "electrical_engineering"),
+    _mmlu("law", "international_law", "jurisprudence", "professional_law"),
+    _mmlu(
+        "health",
+        "anatomy",
+        "clinical_knowledge",
+        "college_medicine",
+        "human_aging",
+        "nutrition",
+        "professional_medicine",
+        "virology",
+    ),
+    Task(
+        name="commonsense_qa",
+        source=Hub("tau/commonsense_qa"),
+        splits=TRAIN_VALIDATION,
+        columns=("question", "choices", "answerKey"),
+        choices=LETTERS,
+        prompt=commonsense_qa_prompt,
+        label=letter_or_number("answerKey"),
+    ),
+    Task(
+        name="sciq",
+        source=Hub("allenai/sciq"),
+        splits=TRAIN_VALIDATION | {"test": "test"},
+        columns=("question", "correct_answer", "distractor1", "distractor2", "distractor3"),
+        choices=LETTERS[:4],
+        prompt=sciq_prompt,
+        label=sciq_label,
+    ),
+    Task(
+        name="hellaswag",
+        source=Hub("Rowan/hellaswag"),
+        splits=TRAIN_VALIDATION,
+        columns=("ctx", "endings", "label"),
+        choices=LETTERS[:4],
+        prompt=hellaswag_prompt,
+        label=zero_based("label"),
+    ),
 )
 
 CLASSIFICATION_TASKS = _by_name(
@@ -221,4 +337,28 @@ CLASSIFICATION_TASKS = _by_name(
     _glue("cola", ("sentence",), ("unacceptable", "acceptable")),
     _glue("sst2", ("sentence",), ("negative", "positive")),
     _glue("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    _glue("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment")),
+    _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
+    _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate")),
+    _super_glue("wic", ("word", "sentence1", "sentence2"), ("False", "True"), prompt=wic_sentences),
+    _super_glue("boolq", ("question", "passage"), ("False", "True")),
+    _super_glue("cb", ("premise", "hypothesis"), ("entailment", "contradiction", "neutral")),
+    Task(
+        name="imdb",
+        source=Hub("stanfordnlp/imdb"),
+        splits=TRAIN_TEST,
+        columns=("text", "label"),
+        choices=("negative", "positive"),
+        prompt=sentences("text"),
+        label=class_index(2),
+    ),
+    Task(
+        name="ag_news",
+        source=Hub("fancyzhx/ag_news"),
+        splits=TRAIN_TEST,
+        columns=("text", "label"),
+        choices=("World", "Sports", "Business", "Sci/Tech"),
+        prompt=sentences("text"),
+        label=class_index(4),
+    ),
 )

@@ -336,6 +336,13 @@ class WrapperBase(PeftModel):
             # a decoder with a classification head looks for the last token that is no padding
             self.base_model.config.pad_token_id = dataset.pad_token_id
         self.eval_loader = dataset.test_dataloader
+        # Read now what is needed at the end: a missing file should not wait for the training.
+        self.shifted = {
+            name: (other, other.test_dataloader)
+            for name, other in getattr(dataset, "ood_datasets", {}).items()
+        }
+        if args.temperature_scaling:
+            self.held_out_loader = dataset.held_out_dataloader
         self.num_training_steps = args.max_train_steps
         if args.max_train_steps or args.n_epochs:
             self.train_loader = dataset.train_dataloader
@@ -628,11 +635,10 @@ class WrapperBase(PeftModel):
             self.fit(self.train_loader, self.eval_loader if self.args.eval_per_steps else None)
             training_seconds = time.perf_counter() - started
         temperature = self._fit_temperature() if self.args.temperature_scaling else None
-        started = time.perf_counter()
-        metrics = self.evaluate(self.eval_loader)
-        seconds = time.perf_counter() - started
+        name, split = self.args.dataset.rpartition(":")[2], self.args.testing_set
+        metrics = self._score_and_keep(self.eval_loader, name, split, "predictions", temperature)
         self._track({f"final/{key}": value for key, value in metrics._asdict().items()})
-        self._add_results(metrics, seconds, temperature)
+        self._evaluate_shifted(temperature)
         if self.args.checkpoint:
             self.save_adapter(self.run_folder.path)
         if self.accelerator.is_main_process:  # last: metrics.json says that the run is finished
@@ -641,35 +647,56 @@ class WrapperBase(PeftModel):
         self.run_folder.drop_states()
         return metrics
 
+    def _evaluate_shifted(self, temperature: float | None) -> None:
+        """The same posterior on every data set of --ood-datasets, with that set's answer tokens."""
+        own_predictions, own_tokens = self.predictions, self.target_ids
+        for name, (dataset, loader) in self.shifted.items():
+            if self.is_causal:
+                self.target_ids = dataset.target_ids.to(self.accelerator.device)
+            stem = f"predictions-{name}"
+            metrics = self._score_and_keep(loader, name, dataset.eval_split, stem, temperature)
+            self._track({f"final/{name}/{key}": v for key, v in metrics._asdict().items()})
+            logger.info("%s: ACC %.4f  ECE %.4f  NLL %.4f  Brier %.4f", name, *metrics)
+        self.predictions, self.target_ids = own_predictions, own_tokens
+
     def _fit_temperature(self) -> float:
         """T from predictions on the part of the training set that was held out; they are kept."""
-        predictions = self.predict(self.dataset.held_out_dataloader)
-        if self.accelerator.is_main_process:
-            self._write_predictions(predictions, "held_out")
+        predictions = self.predict(self.held_out_loader)
+        name = self.args.dataset.rpartition(":")[2]
+        self._write_predictions(predictions, name, "held_out", "predictions-held_out")
         return fit_temperature(predictions.log_probs, predictions.labels)
 
-    def _write_predictions(self, predictions: Predictions, split: str) -> None:
-        args = self.args
-        stem = "predictions" if split == args.testing_set else f"predictions-{split}"
+    def _write_predictions(
+        self, predictions: Predictions, dataset: str, split: str, stem: str
+    ) -> None:
+        if not self.accelerator.is_main_process:
+            return
         write_tensors(
             self.run_folder.path / f"{stem}.safetensors",
             predictions._asdict(),
             {
-                "dataset": args.dataset.rpartition(":")[2],
+                "dataset": dataset,
                 "split": split,
-                "seed": str(args.seed),
-                "modelwrapper": args.modelwrapper,
+                "seed": str(self.args.seed),
+                "modelwrapper": self.args.modelwrapper,
             },
         )
 
-    def _add_results(self, metrics: Metrics, seconds: float, temperature: float | None) -> None:
-        """The data set's block of metrics.json, and its predictions."""
-        args = self.args
-        name = args.dataset.rpartition(":")[2]
+    def _score_and_keep(
+        self,
+        loader: Iterable[Batch],
+        dataset: str,
+        split: str,
+        stem: str,
+        temperature: float | None,
+    ) -> Metrics:
+        """Evaluate; keep the data set's block of metrics.json and its predictions."""
+        started = time.perf_counter()
+        metrics = self.evaluate(loader)
         block: dict[str, Any] = metrics._asdict() | {
-            "split": args.testing_set,
-            "num_bins": args.num_bins,
-            "seconds": round(seconds, 3),
+            "split": split,
+            "num_bins": self.args.num_bins,
+            "seconds": round(time.perf_counter() - started, 3),
         }
         if self.predictions is not None:  # an overridden `evaluate` may keep none
             log_probs, labels, _ = self.predictions
@@ -678,11 +705,11 @@ class WrapperBase(PeftModel):
                 scaled = posterior_predictive(scale(log_probs, temperature))
                 block["temperature_scaled"] = {
                     "temperature": temperature,
-                    **score(scaled, labels, args.num_bins)._asdict(),
+                    **score(scaled, labels, self.args.num_bins)._asdict(),
                 }
-            if self.accelerator.is_main_process:
-                self._write_predictions(self.predictions, args.testing_set)
-        self.results[name] = block
+            self._write_predictions(self.predictions, dataset, split, stem)
+        self.results[dataset] = block
+        return metrics
 
     def _write_results(self, training_seconds: float) -> None:
         args = self.args

@@ -198,3 +198,18 @@ def build(flags: list[str]):
     wrapper.run_folder.path.mkdir(parents=True, exist_ok=True)
     wrapper.prepare_for_fit_evaluate(dataset)
     return args, dataset, wrapper
+
+
+def kill_and_resume(flags: list[str], method: type, when, monkeypatch) -> None:
+    """Run until `when(wrapper)` holds before an update, die there, and resume."""
+    original = method.optimizer_step
+
+    def killed(self):
+        if when(self):
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(method, "optimizer_step", killed)
+    assert main.run(flags) == 130
+    monkeypatch.undo()
+    main.main([*flags, "--resume"])

@@ -316,3 +316,18 @@ def test_quantised_bases_train_and_are_evaluated(kind, quantization, request):
         not torch.equal(a, b)
         for a, (_, b) in zip(before, wrapper.trainable_parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("kind", ["causal_flags", "classifier_flags"])
+def test_a_run_on_an_adapter_needs_none_of_the_flags_that_its_run_knows(kind, request, tmp_path):
+    """Train once, Bayesianize many times."""
+    flags = [*request.getfixturevalue(kind), "--modelwrapper", "map", "--checkpoint"]
+    trained = main.main([*flags, "--max-train-steps", "20"])
+    folder = run_folder(flags)
+    few = ["--load-lora-path", str(folder), "--nowand", "--output-dir", str(tmp_path / "more")]
+    again = main.main([*few, "--modelwrapper", "mle"])
+    assert again == pytest.approx(trained, abs=1e-5)
+    tfb = main.main([*few, "--modelwrapper", "tfb", "--th", "0.5"])
+    assert tfb.acc == pytest.approx(trained.acc, abs=0.15)
+    args = main.parse_args([*few, "--modelwrapper", "mle", "--dataset", "bbc_bodies"])
+    assert args.dataset == "bbc_bodies", "what is said wins"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build, run_folder
+from conftest import build, kill_and_resume, run_folder
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -242,17 +242,7 @@ def test_a_killed_run_resumes_with_the_kl_where_it_was(causal_flags, monkeypatch
     whole, cut = [*flags, "--log-path", "whole"], [*flags, "--log-path", "cut"]
     main.main(whole)
 
-    original = BLoB.optimizer_step
-
-    def killed(self):
-        if self.step == 7:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(BLoB, "optimizer_step", killed)
-    assert main.run(cut) == 130
-    monkeypatch.undo()
-    main.main([*cut, "--resume"])
+    kill_and_resume(cut, BLoB, lambda wrapper: wrapper.step == 7, monkeypatch)
     a, b = (load_file(run_folder(f) / "adapter_model.safetensors") for f in (whole, cut))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 

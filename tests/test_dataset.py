@@ -313,3 +313,23 @@ def test_embedded_split_never_changes():
     assert (len(articles), len(tests)) == (2096, 500)
     assert tests[0]["headline"] == "Continental 'may run out of cash'"
     assert len({article["headline"] for article in articles}) == 2096
+
+
+def test_an_adapters_own_answers_are_read_where_the_spaces_agree(tiny_llama, tmp_path):
+    def answers(task, source):
+        flags = ["--ood-ori-dataset", source]
+        return multiple_choice(tiny_llama, tmp_path, *flags, task=task).task.choices
+
+    assert answers("obqa", "ARC-Easy") == tuple("ABCDE")
+    assert answers("MMLU-chem", "obqa") == tuple("ABCD")
+    assert answers("ARC-Easy", "obqa") == tuple("ABCDE"), "a row may have the answer E"
+    assert answers("boolq", "obqa") == ("True", "False")
+
+
+def test_a_classifier_cannot_take_other_classes(tiny_bert, tmp_path):
+    args = parse_args(
+        f"--dataset-type bertds --dataset rte --model {tiny_bert} --modelwrapper mle "
+        f"--data-dir {tmp_path} --ood-ori-dataset bbc_headlines".split()
+    )
+    with pytest.raises(UsageError, match="cannot change its classes"):
+        SequenceClassification(args, accelerator())

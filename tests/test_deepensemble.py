@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import build, run_folder
+from conftest import build, kill_and_resume, run_folder
 from safetensors.torch import load_file
 
 import main
@@ -93,17 +93,12 @@ def test_a_killed_run_resumes_in_the_member_it_was_in(causal_flags, monkeypatch,
     flags = [*ensemble(causal_flags, "--lora-dropout", "0.2"), "--save-per-steps", "2"]
     whole, cut = [*flags, "--log-path", "whole"], [*flags, "--log-path", "cut"]
     main.main(whole)
-    original = DeepEnsemble.optimizer_step
-
-    def killed(self):
-        if self.member == member and self.step == 3:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(DeepEnsemble, "optimizer_step", killed)
-    assert main.run(cut) == 130
-    monkeypatch.undo()
-    main.main([*cut, "--resume"])
+    kill_and_resume(
+        cut,
+        DeepEnsemble,
+        lambda wrapper: wrapper.member == member and wrapper.step == 3,
+        monkeypatch,
+    )
     for path in run_folder(whole).rglob("adapter_model.safetensors"):
         other = run_folder(cut) / path.relative_to(run_folder(whole))
         assert path.read_bytes() == other.read_bytes(), path

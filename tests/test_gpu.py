@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_folder
+from conftest import kill_and_resume, run_folder
 from safetensors.torch import load_file
 
 import main
@@ -28,17 +28,7 @@ def test_a_killed_run_resumes_with_the_gpus_noise_where_it_was(causal_flags, mon
     flags += ["--max-train-steps", "9", "--save-per-steps", "2", "--dtype", "float32"]
     whole, cut = [*flags, "--log-path", "whole"], [*flags, "--log-path", "cut"]
     main.main(whole)
-    original = BLoB.optimizer_step
-
-    def killed(self):
-        if self.step == 5:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(BLoB, "optimizer_step", killed)
-    assert main.run(cut) == 130
-    monkeypatch.undo()
-    main.main([*cut, "--resume"])
+    kill_and_resume(cut, BLoB, lambda wrapper: wrapper.step == 5, monkeypatch)
     a, b = (load_file(run_folder(f) / "adapter_model.safetensors") for f in (whole, cut))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)

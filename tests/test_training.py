@@ -245,3 +245,36 @@ def test_config_runs_a_stored_run_again(causal_flags):
     first = main.main(flags)
     stored = run_folder(flags) / "args.json"
     assert main.main(["--config", str(stored), "--log-path", "again"]) == first
+
+
+@pytest.mark.parametrize("kind", ["causal_flags", "classifier_flags"])
+@pytest.mark.parametrize("method", ["map", "blob"])
+def test_shifted_data_is_evaluated_in_the_same_run_as_in_two_steps(kind, method, request, tmp_path):
+    """Train on headlines, test on bodies: --ood-datasets, and --load-lora-path as a second run."""
+    from conftest import topic_rows, write_jsonl
+
+    for name, seed in (("bbc_headlines", 0), ("bbc_bodies", 5)):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", topic_rows(40, seed))
+        write_jsonl(tmp_path / name / "test.jsonl", topic_rows(21, seed + 1))
+    flags = [*request.getfixturevalue(kind), "--data-dir", str(tmp_path), "--modelwrapper", method]
+    trained = [*flags, "--max-train-steps", "6", "--checkpoint", "--ood-datasets", "bbc_bodies"]
+    main.main(trained)
+    folder = run_folder(trained)
+    blocks = json.loads((folder / "metrics.json").read_text())["datasets"]
+    assert blocks.keys() == {"bbc_headlines", "bbc_bodies"}
+    one = load_file(folder / "predictions-bbc_bodies.safetensors")
+    assert blocks["bbc_bodies"]["n_examples"] == len(one["labels"]) == 21
+    second = [*flags, "--dataset", "bbc_bodies", "--load-lora-path", str(folder)]
+    second += ["--max-train-steps", "0"]
+    main.main(second)
+    two = load_file(run_folder(second) / "predictions.safetensors")
+    torch.testing.assert_close(one["log_probs"], two["log_probs"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_classifier_is_not_evaluated_on_other_classes(classifier_flags):
+    from utils.errors import UsageError
+
+    flags = [*classifier_flags, "--modelwrapper", "mle", "--ood-datasets", "rte"]
+    with pytest.raises(UsageError, match=r"--ood-datasets rte has the classes entailment"):
+        main.main(flags)

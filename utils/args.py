@@ -31,6 +31,12 @@ WITHOUT_EFFECT = {
 }
 
 
+# What a later run on an adapter takes from the run that trained it, unless told otherwise.
+ADOPTED = (
+    *("model", "model_type", "load_model_path", "quantization", "load_in_8bit", "dtype"),
+    *("dataset", "dataset_type", "data_dir", "max_seq_len", "seed_split", "held_out"),
+)
+
 # Said of one call, not of the run: `--config` does not repeat them.
 NOT_REPEATED = ("config", "resume", "overwrite")
 
@@ -270,6 +276,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--held-out", type=fraction, default=0.2, help="share of the training set that is held out"
     )
     data.add_argument("--seed-split", type=seed, default=0, help="seed of what is held out")
+    data.add_argument(
+        "--ood-datasets", nargs="+", help="shifted data sets to evaluate the same posterior on"
+    )
+    data.add_argument(
+        "--ood-ori-dataset", type=optional, help="the data set that a loaded adapter was trained on"
+    )
     data.add_argument("--max-seq-len", type=positive_int, default=300, help="tokens per row")
     data.add_argument("--limit-train", type=count, default=0, help="first rows only; 0: all")
     data.add_argument("--limit-eval", type=count, default=0, help="first rows only; 0: all")
@@ -332,6 +344,7 @@ def finish(
     if ".py:" not in (args.modelwrapper or ""):
         args.modelwrapper = (args.modelwrapper or "").lower()
 
+    _adopt_from_run(args)
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(args, name) is not None:
             notice_once(f"{_spelling(name)} has no effect: {reason}.")
@@ -376,6 +389,19 @@ def finish(
         args.lora_alpha = 16 if args.lora_alpha is None else args.lora_alpha
         args.lora_dropout = 0.0 if args.lora_dropout is None else args.lora_dropout
     return args.freeze()
+
+
+def _adopt_from_run(args: Args) -> None:
+    """What `--load-lora-path RUN` knows of its base model and data need not be said again."""
+    if args.load_lora_path is None or args.load_lora_huggingface_repo is not None:
+        return
+    file = Path(args.load_lora_path) / "args.json"
+    if not file.is_file():
+        return
+    stored = read_json(file, "--load-lora-path").get("given", {})
+    for name in ADOPTED:
+        if name in stored and name not in args.given:
+            setattr(args, name, stored[name])
 
 
 def _as_argv(parser: Parser, config: dict[str, Any]) -> list[str]:

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# blob-llama-all.sh in one process: M, the KL's cycle, counts one process's batches.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+NUM_PROCESSES=1
+llama_all blob "${BLOB_LLAMA[@]}"

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# blob on the paper's five GLUE and SuperGLUE data sets, RoBERTa-base.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+roberta_all blob "${BLOB_ROBERTA[@]}"

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Shared by the scripts of all methods: which runs there are and how one is launched. Set in the
+# environment to override:
+#   MODEL           hub id, local folder or embedded alias
+#   DATASETS SEEDS  lists separated by spaces
+#   NUM_PROCESSES   processes of one run (default: the GPUs that nvidia-smi lists, at least 1)
+#   QUANTIZATION    none, 8bit or 4bit        DATA_DIR   folder of folders with local rows
+#   STEPS           optimizer updates         EXTRA      further flags for every run
+#   DRY_RUN=1       print the commands only
+# A finished run is skipped, an interrupted one is resumed.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+[[ -x "$ROOT/.venv/bin/python" ]] && PYTHON_DEFAULT="$ROOT/.venv/bin/python" || PYTHON_DEFAULT=python
+PYTHON_BIN="${PYTHON_BIN:-$PYTHON_DEFAULT}"
+SEEDS="${SEEDS:-1 2 3}"
+STEPS="${STEPS:-5000}"
+NUM_PROCESSES="${NUM_PROCESSES:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c . || true)}"
+((NUM_PROCESSES > 0)) || NUM_PROCESSES=1
+
+# run DATASET FLAGS...: one run, launched, resumed or skipped; prints it with DRY_RUN.
+run() {
+    local dataset="$1" command=("$PYTHON_BIN")
+    shift
+    ((NUM_PROCESSES == 1)) || command+=(-m accelerate.commands.launch --num_processes "$NUM_PROCESSES")
+    command+=(main.py --dataset "$dataset" --model "$MODEL" --quantization "$QUANTIZATION" "$@" --resume)
+    [[ -z "${DATA_DIR:-}" ]] || command+=(--data-dir "$DATA_DIR/$dataset")
+    # shellcheck disable=SC2206  # EXTRA is a list of flags
+    command+=(${EXTRA:-})
+    if [[ -n "${DRY_RUN:-}" ]]; then
+        printf '%q ' "${command[@]}"
+        echo
+    else
+        "${command[@]}"
+    fi
+}
+
+llama_settings() {
+    MODEL="${MODEL:-meta-llama/Llama-2-7b-hf}"
+    QUANTIZATION="${QUANTIZATION:-8bit}"
+    COMMON=(--dataset-type mcdataset --model-type causallm --apply-classhead-lora --lora-r 8
+        --lora-alpha 16 --lr 1e-4 --batch-size 4 --warmup-ratio 0.06 --max-seq-len 300
+        --max-train-steps "$STEPS" --eval-per-steps 0 --checkpoint)
+}
+
+roberta_settings() {
+    MODEL="${MODEL:-FacebookAI/roberta-base}"
+    QUANTIZATION="${QUANTIZATION:-none}"
+    COMMON=(--dataset-type bertds --model-type seqcls --apply-classhead-lora --lora-r 8
+        --lora-alpha 8 --lr 5e-4 --batch-size 32 --warmup-ratio 0.06 --max-seq-len 256
+        --max-train-steps "$STEPS" --eval-per-steps 0 --checkpoint)
+}
+
+# sweep METHOD FLAGS...: every data set and seed, with the settings chosen before.
+sweep() {
+    local method="$1" dataset seed name
+    shift
+    for dataset in $DATASETS; do
+        for seed in $SEEDS; do
+            name="${NAME:-$method}-$dataset-seed$seed"
+            run "$dataset" --modelwrapper "$method" "${COMMON[@]}" --seed "$seed" \
+                --log-path "$name" --wandb-name "$name" "$@"
+        done
+    done
+}
+
+llama_all() { # METHOD FLAGS...
+    llama_settings
+    DATASETS="${DATASETS:-winogrande_s ARC-Challenge ARC-Easy winogrande_m obqa boolq}"
+    sweep "$@"
+}
+
+roberta_all() { # METHOD FLAGS...
+    roberta_settings
+    DATASETS="${DATASETS:-rte mrpc wic cola boolq}"
+    sweep "$@"
+}
+
+# Train on SOURCE, then evaluate that adapter on each of DATASETS.
+llama_ood_all() { # METHOD FLAGS...
+    local method="$1" shifted source="${SOURCE:-obqa}" seed name
+    llama_settings
+    shifted="${DATASETS:-ARC-Challenge ARC-Easy MMLU-chem MMLU-phy}"
+    DATASETS="$source" sweep "$@"
+    shift
+    STEPS=0 llama_settings
+    for dataset in $shifted; do
+        for seed in $SEEDS; do
+            name="$method-$source-seed$seed"
+            run "$dataset" --modelwrapper "$method" "${COMMON[@]}" \
+                --seed "$seed" --log-path "$name-on-$dataset" --wandb-name "$name-on-$dataset" \
+                --load-lora-path "checkpoints/$method/$MODEL/$source/$name" \
+                --ood-ori-dataset "$source" "$@"
+        done
+    done
+}
+
+# TFB makes the adapters of another method's sweep (BASE, default mle) Bayesian.
+tfb_all() { # FLAGS...
+    local dataset seed name base="${BASE:-mle}"
+    for dataset in $DATASETS; do
+        for seed in $SEEDS; do
+            name="$base-$dataset-seed$seed"
+            run "$dataset" --modelwrapper tfb --dataset-type "$DATASET_TYPE" --max-seq-len "$LENGTH" \
+                --load-lora-path "checkpoints/$base/$MODEL/$dataset/$name" --seed "$seed" \
+                --log-path "tfb-$name" --wandb-name "tfb-$name" --checkpoint "$@"
+        done
+    done
+}
+
+# The published hyper-parameters of BLoB; only the KL's learning rate differs.
+BLOB=(--bayes-eps 0.05 --bayes-beta 0.2 --bayes-gamma 8 --bayes-klreweighting
+    --bayes-datasetrescaling --bayes-eval-n-samples-final 10)
+BLOB_LLAMA=("${BLOB[@]}" --bayes-kllr 0.01)
+BLOB_ROBERTA=("${BLOB[@]}" --bayes-kllr 0.002)

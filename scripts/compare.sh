@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Every method on the embedded encoder (about a quarter of an hour on two cores), or on the embedded
+# language model with MODEL=smollm2-135m (hours): trained on BBC headlines, evaluated on held-out
+# headlines and, as the shifted test set, on the bodies of the same articles. Three seeds; prints mean
+# and spread. A finished run is skipped, an interrupted one resumed.
+#   SEEDS="1 2 3" STEPS=160 LIMIT=200 MODEL=minilm-l6 bash scripts/compare.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$ROOT"
+MODEL="${MODEL:-minilm-l6}"
+SEEDS="${SEEDS:-1 2 3}"
+STEPS="${STEPS:-160}"
+LIMIT="${LIMIT:-200}" # training headlines: few, so that there is something to over-fit
+TYPE=bertds
+[[ "$MODEL" == minilm-l6 ]] || TYPE=mcdataset
+OUT="checkpoints/compare"
+COMMON=(--dataset-type "$TYPE" --model "$MODEL" --output-dir "$OUT" --max-seq-len 128 --nowand --resume
+    --ood-datasets bbc_bodies)
+TRAIN=(--dataset bbc_headlines --limit-train "$LIMIT" --max-train-steps "$STEPS" --batch-size 8
+    --lr 1e-3 --eval-per-steps 0 --checkpoint)
+
+train() { # NAME METHOD SEED FLAGS...
+    local name="$1-seed$3" method="$2" seed="$3"
+    shift 3
+    echo "== $name"
+    "$PYTHON_BIN" main.py "${COMMON[@]}" "${TRAIN[@]}" --modelwrapper "$method" --seed "$seed" \
+        --log-path "$name" "$@"
+}
+
+for seed in $SEEDS; do
+    train mle mle "$seed"
+    train map map "$seed" --opt-wd 1e-2
+    train map-temperature map "$seed" --opt-wd 1e-2 --temperature-scaling
+    train mcdropout mcdropout "$seed"
+    train deepensemble deepensemble "$seed"
+    train blob blob "$seed" --bayes-klreweighting --bayes-kllr 0.01
+    echo "== tfb-seed$seed"
+    "$PYTHON_BIN" main.py "${COMMON[@]}" --modelwrapper tfb --seed "$seed" --log-path "tfb-seed$seed" \
+        --load-lora-path "$OUT/map/$MODEL/bbc_headlines/map-seed$seed" --checkpoint
+done
+"$PYTHON_BIN" scripts/table.py --mean "$OUT"
