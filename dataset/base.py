@@ -71,8 +71,15 @@ class TrainBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, num_rows: int, batch_size: int, seed: int, rank: int = 0, num_processes: int = 1
+        self,
+        num_rows: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
+        shuffle: bool = True,
     ) -> None:
+        self.shuffle = shuffle
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
@@ -93,6 +100,8 @@ class TrainBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(mix_seed("training order", self.seed, self.epoch))
         order = torch.randperm(self.num_rows, generator=generator).tolist()
+        if not self.shuffle:
+            order = list(range(self.num_rows))
         missing = -len(order) % self.num_processes
         order += (order * self.num_processes)[:missing]
         step = self.batch_size * self.num_processes
@@ -154,6 +163,9 @@ class DatasetBase(ABC):
         self.task: Task = lookup(self.tasks, name, "data set")
         if not isinstance(self.task, Task):
             raise UsageError(f"--dataset {name}: it must be a dataset.tasks.Task record.")
+        for flag, published in (("choice_format", "text_first"), ("boolq_tokens", "swapped")):
+            if getattr(args, flag) == published:
+                self.task = dataclasses.replace(self.task, **self.task.published.get(flag, {}))
         if args.ood_ori_dataset is not None:
             self._take_answers_of(lookup(self.tasks, args.ood_ori_dataset, "data set"))
         is_shifted = name != args.dataset
@@ -223,9 +235,8 @@ class DatasetBase(ABC):
     @cached_property
     def train_rows(self) -> list[Example]:
         """What is trained on: all of the training set but what is held out."""
-        if not self._holds_out:
-            return self._whole_training_set
-        return self._divided[0]
+        rows = self._divided[0] if self._holds_out else self._whole_training_set
+        return self._whole_batches(rows)
 
     @cached_property
     def held_out_rows(self) -> list[Example]:
@@ -236,7 +247,7 @@ class DatasetBase(ABC):
     def test_rows(self) -> list[Example]:
         if self.eval_split == "train":
             return self.held_out_rows[: self.args.limit_eval or None]
-        return self._examples(self.eval_split, self.args.limit_eval)
+        return self._whole_batches(self._examples(self.eval_split, self.args.limit_eval))
 
     @cached_property
     def anchor_rows(self) -> list[Example]:
@@ -264,6 +275,11 @@ class DatasetBase(ABC):
                 )
             others[other.task.name] = other
         return others
+
+    def _whole_batches(self, rows: list[Example]) -> list[Example]:
+        """With --drop-last without the rows at the end that fill no batch."""
+        size = self.args.batch_size
+        return rows[: len(rows) // size * size or None] if self.args.drop_last else rows
 
     @property
     def _holds_out(self) -> bool:
@@ -296,6 +312,7 @@ class DatasetBase(ABC):
             self.args.seed_data,
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            self.args.shuffle_train,
         )
         return self._loader(self.train_rows, batches)
 

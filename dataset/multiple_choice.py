@@ -79,4 +79,7 @@ class MultipleChoice(DatasetBase):
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}, cut
 
     def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text).input_ids
+        ids = self.tokenizer(text).input_ids
+        if self.args.append_eos and self.task.eos_published:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return ids

@@ -7,9 +7,9 @@ arXiv 2308.13111; BLoB, arXiv 2406.11675). The embedded tasks are this project's
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from dataset.sources import BBCNews, Hub, HubGroup, Row, Source
 from utils.embedded import TOPICS
@@ -36,6 +36,9 @@ class Task:
         choices: the answers, in label order: words for a causal LM, class names for a classifier.
         prompt: row -> `Prompt` (multiple choice), or a tuple of one or two sentences (classifier).
         label: row -> index into `choices`; raises ValueError or KeyError on an unknown answer.
+        published: where the published runs differ: flag name -> fields of the record to replace.
+            "choice_format" for text_first, "boolq_tokens" for swapped.
+        eos_published: whether they append end-of-text to the prompt (--append-eos).
     """
 
     name: str
@@ -45,6 +48,8 @@ class Task:
     choices: tuple[str, ...]
     prompt: Callable[[Row], Prompt | tuple[str, ...]]
     label: Callable[[Row], int]
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    eos_published: bool = False
 
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -102,11 +107,15 @@ def topic(row: Row) -> int:
 INSTRUCTION = "Return the label of the correct answer for the question below.\n\n"
 
 
-def multiple_choice(question: str, choices: list[str]) -> Prompt:
+def multiple_choice(question: str, choices: list[str], form: str = "{letter}) {text}") -> Prompt:
+    """Instruction, question, one line per choice, and "Answer:"."""
     if not 0 < len(choices) <= len(LETTERS):
         raise ValueError("no choices" if not choices else f"more than {len(LETTERS)} choices")
     # Rows with answers 1..4 are shown with letters like all others: the answer tokens are letters.
-    lines = "\n".join(f"{letter}) {text}" for letter, text in zip(LETTERS, choices, strict=False))
+    lines = "\n".join(
+        form.format(letter=letter, text=text)
+        for letter, text in zip(LETTERS, choices, strict=False)
+    )
     return Prompt(f"{INSTRUCTION}Question: {question}\nChoices:\n{lines}\nAnswer:", "", "")
 
 
@@ -120,6 +129,18 @@ def arc_prompt(row: Row) -> Prompt:
 
 def obqa_prompt(row: Row) -> Prompt:
     return multiple_choice(row["question_stem"], row["choices"]["text"])
+
+
+def text_first(question: str) -> Callable[[Row], Prompt]:
+    """Choices as the published runs write those of ARC and OBQA, with the rows' own labels."""
+
+    def prompt(row: Row) -> Prompt:
+        pairs = zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+        return multiple_choice(
+            row[question], [f"{text}) {label}" for text, label in pairs], "{text}"
+        )
+
+    return prompt
 
 
 def mmlu_prompt(row: Row) -> Prompt:
@@ -187,6 +208,7 @@ def _winogrande(size: str) -> Task:
         choices=LETTERS[:2],
         prompt=winogrande_prompt,
         label=letter_or_number("answer"),
+        eos_published=True,
     )
 
 
@@ -199,6 +221,7 @@ def _arc(name: str) -> Task:
         choices=LETTERS,
         prompt=arc_prompt,
         label=letter_or_number("answerKey"),
+        published={"choice_format": {"prompt": text_first("question")}},
     )
 
 
@@ -268,6 +291,7 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         choices=LETTERS[:4],
         prompt=obqa_prompt,
         label=letter_or_number("answerKey"),
+        published={"choice_format": {"prompt": text_first("question_stem")}},
     ),
     Task(
         name="boolq",
@@ -277,6 +301,8 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         choices=("True", "False"),
         prompt=boolq_prompt,
         label=boolean_answer("answer"),
+        published={"boolq_tokens": {"choices": ("False", "True")}},
+        eos_published=True,
     ),
     _mmlu("chem", "college_chemistry"),
     _mmlu("phy", "college_physics"),

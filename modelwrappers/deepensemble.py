@@ -122,6 +122,8 @@ class DeepEnsemble(WrapperBase):
             logits = self._batch_logits(stacked, adapter_names=adapter_names)  # (M*B, C)
             parts.append(logits.unflatten(0, (len(names), rows)))
         logits = torch.cat(parts).transpose(0, 1)  # (B, M, C)
+        if self.args.ensemble_average == "logits":
+            return logits.mean(1, keepdim=True)
         if sample:
             return logits
         return logits.float().softmax(-1).mean(1, keepdim=True).log()

@@ -370,6 +370,9 @@ class WrapperBase(PeftModel):
         """
         args = self.args
         last_step = self.num_training_steps
+        if args.whole_epochs:  # the schedules have ended: these updates have learning rate 0
+            per_epoch = -(-len(train_loader) // args.grad_accum_steps)
+            last_step = -(-last_step // per_epoch) * per_epoch
         if args.early_stop_steps:
             last_step = min(last_step, args.early_stop_steps)
         self._resume_once()

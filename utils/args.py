@@ -37,6 +37,29 @@ ADOPTED = (
     *("dataset", "dataset_type", "data_dir", "max_seq_len", "seed_split", "held_out"),
 )
 
+# --protocol: what the published multiple-choice runs did, and what is done here. Every entry is a
+# flag of its own; the preset fills in those that were not given.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "corrected": {
+        "shuffle_train": True,
+        "drop_last": False,
+        "choice_format": "letter_first",
+        "boolq_tokens": "matched",
+        "append_eos": False,
+        "ensemble_average": "probabilities",
+        "whole_epochs": False,
+    },
+    "original": {
+        "shuffle_train": False,
+        "drop_last": True,
+        "choice_format": "text_first",
+        "boolq_tokens": "swapped",
+        "append_eos": True,
+        "ensemble_average": "logits",
+        "whole_epochs": True,
+    },
+}
+
 # Said of one call, not of the run: `--config` does not repeat them.
 NOT_REPEATED = ("config", "resume", "overwrite")
 
@@ -289,6 +312,35 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(data, "--use-slow-tokenizer", help="the tokenizer's Python version")
 
 
+def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group "protocol": how the published runs differ, each difference a flag."""
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument(
+        "--protocol", choices=sorted(PROTOCOLS), default="corrected", help="preset of the following"
+    )
+
+    def switch(name: str, help: str) -> None:
+        add_switch(protocol, name, default=None, help=help)
+
+    switch("--shuffle-train", "new order of the training rows in every epoch, or the file's")
+    switch("--drop-last", "leave out the last rows that fill no batch, in training and evaluation")
+    protocol.add_argument(
+        "--choice-format",
+        choices=["letter_first", "text_first"],
+        help="'A) text' or 'text) A' in the choices of ARC and OBQA",
+    )
+    protocol.add_argument(
+        "--boolq-tokens",
+        choices=["matched", "swapped"],
+        help="whether BoolQ's true answers are read from the token True or False",
+    )
+    switch("--append-eos", "end-of-text after the prompts of BoolQ and WinoGrande")
+    protocol.add_argument(
+        "--ensemble-average", choices=["probabilities", "logits"], help="what members average"
+    )
+    switch("--whole-epochs", "go on, at learning rate 0, to the end of the last epoch")
+
+
 def build_parser(add_method_arguments: Callable[[argparse.ArgumentParser], None]) -> Parser:
     """The one parser of a run: shared groups, then the chosen method's own."""
     parser = Parser(
@@ -300,6 +352,7 @@ def build_parser(add_method_arguments: Callable[[argparse.ArgumentParser], None]
     add_training_arguments(parser)
     add_model_arguments(parser)
     add_data_arguments(parser)
+    add_protocol_arguments(parser)
     add_method_arguments(parser)
     return parser
 
@@ -377,6 +430,11 @@ def finish(
         )
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: pass one of them.")
+    for name, value in PROTOCOLS[args.protocol].items():
+        if getattr(args, name) is None:
+            # the published encoder runs did shuffle, and kept every row
+            is_encoder = args.dataset_type == "bertds" and name in ("shuffle_train", "drop_last")
+            setattr(args, name, PROTOCOLS["corrected"][name] if is_encoder else value)
     if args.batch_size is None:
         args.batch_size = 4 if args.dataset_type == "mcdataset" else 32
     for name in ("seed_data", "seed_sampling"):
