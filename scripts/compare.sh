@@ -3,20 +3,21 @@
 # language model with MODEL=smollm2-135m (hours): trained on BBC headlines, evaluated on held-out
 # headlines and, as the shifted test set, on the bodies of the same articles. Three seeds; prints mean
 # and spread. A finished run is skipped, an interrupted one resumed.
-#   SEEDS="1 2 3" STEPS=160 LIMIT=200 MODEL=minilm-l6 bash scripts/compare.sh
+#   SEEDS="1 2 3" STEPS=160 TRAIN_ROWS=200 TEST_ROWS=200 MODEL=minilm-l6 bash scripts/compare.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 MODEL="${MODEL:-minilm-l6}"
 SEEDS="${SEEDS:-1 2 3}"
 STEPS="${STEPS:-160}"
-LIMIT="${LIMIT:-200}" # training headlines: few, so that there is something to over-fit
+TRAIN_ROWS="${TRAIN_ROWS:-200}" # few, so that there is something to over-fit
+TEST_ROWS="${TEST_ROWS:-200}"
 TYPE=bertds
 [[ "$MODEL" == minilm-l6 ]] || TYPE=mcdataset
 OUT="checkpoints/compare"
-COMMON=(--dataset-type "$TYPE" --model "$MODEL" --output-dir "$OUT" --max-seq-len 128 --nowand --resume
-    --ood-datasets bbc_bodies)
-TRAIN=(--dataset bbc_headlines --limit-train "$LIMIT" --max-train-steps "$STEPS" --batch-size 8
+COMMON=(--dataset-type "$TYPE" --model "$MODEL" --output-dir "$OUT" --max-seq-len 96
+    --limit-eval "$TEST_ROWS" --ood-datasets bbc_bodies --nowand --resume)
+TRAIN=(--dataset bbc_headlines --limit-train "$TRAIN_ROWS" --max-train-steps "$STEPS" --batch-size 8
     --lr 1e-3 --eval-per-steps 0 --checkpoint)
 
 train() { # NAME METHOD SEED FLAGS...
@@ -36,6 +37,7 @@ for seed in $SEEDS; do
     train blob blob "$seed" --bayes-klreweighting --bayes-kllr 0.01
     echo "== tfb-seed$seed"
     "$PYTHON_BIN" main.py "${COMMON[@]}" --modelwrapper tfb --seed "$seed" --log-path "tfb-seed$seed" \
+        --anchor-size 200 \
         --load-lora-path "$OUT/map/$MODEL/bbc_headlines/map-seed$seed" --checkpoint
 done
 "$PYTHON_BIN" scripts/table.py --mean "$OUT"

@@ -112,6 +112,18 @@ def interrupted(flags) -> Path:
     return folder
 
 
+def test_a_run_on_an_adapter_does_not_replace_the_run_that_trained_it(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "3", "--checkpoint"]
+    main.main(flags)
+    folder = run_folder(flags)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    evaluate = [*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(folder)]
+    with pytest.raises(UsageError, match=r"this run's own folder.*another --log-path"):
+        main.main(evaluate)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    main.main([*evaluate, "--log-path", "evaluated"])
+
+
 def test_resume_with_other_flags_is_an_error_that_names_them(causal_flags):
     flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "3"]
     interrupted(flags)

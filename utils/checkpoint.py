@@ -203,8 +203,8 @@ class RunFolder:
         """Hold `args` against what the folder already keeps.
 
         Raises:
-            UsageError: `--resume` with other flags than the stored ones, or an interrupted run's
-                state that a new run would replace.
+            UsageError: `--resume` with other flags than the stored ones; an interrupted run's state
+                that a new run would replace; or the folder of the adapter that is to be loaded.
         """
         stored_file = self.path / "args.json"
         if args.resume:
@@ -223,6 +223,16 @@ class RunFolder:
                     f"--resume: {'; '.join(differing)}. A resumed run keeps its flags (they are in "
                     f"{stored_file}); pass the same ones, or another --log-path for a new run."
                 )
+        elif (
+            args.load_lora_path is not None
+            and Path(args.load_lora_path).resolve() == self.path.resolve()
+            and not args.overwrite
+        ):
+            raise UsageError(
+                f"--load-lora-path is this run's own folder, {self.path}: the files of the run "
+                "that trained the adapter would be replaced. Pass another --log-path, or "
+                "--overwrite."
+            )
         elif self.states and not args.overwrite:
             step = int(self.states[-1].name.removeprefix("step-"))
             raise UsageError(
