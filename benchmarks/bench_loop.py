@@ -44,7 +44,7 @@ def main(rounds: int) -> None:
     }
 
     def loop_block() -> None:
-        wrapper.num_training_steps = wrapper.step + BLOCK
+        wrapper.last_step = wrapper.step + BLOCK
         wrapper.fit([batch] * BLOCK)
 
     base = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m"))

@@ -273,6 +273,12 @@ class DatasetBase(ABC):
                     f"--ood-datasets {name} has the classes {', '.join(other.task.choices)}, but "
                     f"the classifier is one for {', '.join(self.task.choices)}."
                 )
+            data_dir = self.args.data_dir
+            if data_dir is not None and not (Path(data_dir) / other.task.name).is_dir():
+                raise UsageError(
+                    f"--ood-datasets {name}: --data-dir {data_dir} has no folder "
+                    f"{other.task.name}; with several data sets each needs its own in there."
+                )
             others[other.task.name] = other
         return others
 
@@ -339,6 +345,11 @@ class DatasetBase(ABC):
         """Token lists of one row, and whether it had to be cut to fit --max-seq-len."""
 
     def _examples(self, split: str, limit: int) -> list[Example]:
+        if split not in self.task.splits:
+            raise UsageError(
+                f"{self.task.name} has no split to train on; it has {', '.join(self.task.splits)}. "
+                "Evaluate on it, or take anchors elsewhere (--testing-set train_val_val)."
+            )
         rows = load_rows(
             self.task.source, self.task.splits[split], self.args.data_dir, self.task.name
         )

@@ -20,7 +20,7 @@ from modelwrappers.backbone import head_modules
 from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.args import positive_int
 from utils.errors import UsageError
-from utils.logging import logger
+from utils.logging import logger, notice_once
 from utils.seeding import mix_seed
 
 
@@ -28,6 +28,7 @@ class DeepEnsemble(WrapperBase):
     """M independently trained adapters; member 0 is PEFT's "default"."""
 
     is_stochastic = True
+    posterior_flags = ("ensemble_average",)
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
         size = args.ensemble_n or _members_of(Path(args.load_lora_path))
@@ -56,6 +57,10 @@ class DeepEnsemble(WrapperBase):
     def check_arguments(cls, args) -> None:
         if args.ensemble_n is None and args.load_lora_path is None:
             args.ensemble_n = 3
+        for name in ("bayes_inference_notsample", "bayes_eval_n_samples_final"):
+            if name in args.given:
+                flag = f"--{name.replace('_', '-')}"
+                notice_once(f"{flag} has no effect: an ensemble predicts with its members.")
 
     def fit(self, train_loader: Iterable[Batch], eval_loader=None) -> None:
         """Train every member in turn; a resumed run goes on in the member it was in."""
@@ -81,7 +86,7 @@ class DeepEnsemble(WrapperBase):
 
     @property
     def global_step(self) -> int:
-        return self.member * self.num_training_steps + self.step
+        return self.member * self.last_step + self.step
 
     def state_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those of all members: the finished ones are part of the state, too."""
@@ -112,21 +117,41 @@ class DeepEnsemble(WrapperBase):
         """
         if self.training:
             return self._batch_logits(batch).unsqueeze(1)
-        rows = batch["input_ids"].shape[0]
-        most = max(1, self.args.eval_batch_size // rows)
-        parts = []
-        for start in range(0, len(self.members), most):
-            names = self.members[start : start + most]
-            stacked = {key: torch.cat([value] * len(names)) for key, value in batch.items()}
-            adapter_names = [name for name in names for _ in range(rows)]
-            logits = self._batch_logits(stacked, adapter_names=adapter_names)  # (M*B, C)
-            parts.append(logits.unflatten(0, (len(names), rows)))
-        logits = torch.cat(parts).transpose(0, 1)  # (B, M, C)
+        if self._shares_positions:
+            logits = self._member_by_member(batch)
+        else:
+            logits = self._mixed_batches(batch)
         if self.args.ensemble_average == "logits":
             return logits.mean(1, keepdim=True)
         if sample:
             return logits
         return logits.float().softmax(-1).mean(1, keepdim=True).log()
+
+    def _ready(self) -> list[str]:
+        """The members that have been trained: while one is in training, those up to it."""
+        is_training = self.step < getattr(self, "last_step", 0)
+        return self.members[: self.member + 1] if is_training else self.members
+
+    def _member_by_member(self, batch: Batch) -> Float[Tensor, "B M C"]:
+        active = self.active_adapter
+        parts = []
+        for name in self._ready():
+            self.set_adapter(name)
+            parts.append(self._batch_logits(batch))
+        self.set_adapter(active)
+        return torch.stack(parts, dim=1)
+
+    def _mixed_batches(self, batch: Batch) -> Float[Tensor, "B M C"]:
+        rows = batch["input_ids"].shape[0]
+        most = max(1, self.args.eval_batch_size // rows)
+        members, parts = self._ready(), []
+        for start in range(0, len(members), most):
+            names = members[start : start + most]
+            stacked = {key: torch.cat([value] * len(names)) for key, value in batch.items()}
+            adapter_names = [name for name in names for _ in range(rows)]
+            logits = self._batch_logits(stacked, adapter_names=adapter_names)  # (M*B, C)
+            parts.append(logits.unflatten(0, (len(names), rows)))
+        return torch.cat(parts).transpose(0, 1)  # (B, M, C)
 
     # --- members ----------------------------------------------------------------------------------
 

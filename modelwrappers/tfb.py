@@ -34,6 +34,14 @@ from utils.logging import logger, notice_once
 from utils.metrics import negative_log_likelihood, posterior_predictive
 
 SMALLEST_SIGMA = 0.001
+# Flags of BLoB that stand in existing command lines of tfblora.
+_UNUSED_VALUES = (
+    "--bayes-eps",
+    "--bayes-gamma",
+    "--bayes-kllr",
+    "--bayes-final-beta",
+    "--bayes-flipout",
+)
 
 
 class TFB(WrapperBase):
@@ -48,6 +56,7 @@ class TFB(WrapperBase):
         attach_posterior(self, adapter_name, 1.0, self.draws)
         self.sigma: float | None = None
         self.search: list[dict[str, float | bool]] = []
+        self.criterion, self.tolerance = args.tfb_criterion, args.th
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -71,8 +80,8 @@ class TFB(WrapperBase):
         )
         for name in ("--bayes-klreweighting", "--bayes-datasetrescaling"):
             add_switch(group, name, help="no effect: nothing is trained")
-        for name in ("--bayes-eps", "--bayes-gamma", "--bayes-kllr"):
-            group.add_argument(name, help="no effect: nothing is trained")
+        for name in _UNUSED_VALUES:
+            group.add_argument(name, nargs="?", const=True, help="no effect: nothing is trained")
 
     @classmethod
     def check_arguments(cls, args) -> None:
@@ -88,6 +97,9 @@ class TFB(WrapperBase):
                 f"--bayes-beta is {args.bayes_beta}; the search goes from {SMALLEST_SIGMA} up to "
                 "it, so it must be larger."
             )
+        for name in _UNUSED_VALUES:
+            if getattr(args, name.removeprefix("--").replace("-", "_")) is not None:
+                notice_once(f"{name} has no effect: TFB trains nothing.")
         criterion = "flips" if args.modelwrapper == "tfblora_acc" else "nll"
         args.tfb_criterion = args.tfb_criterion or criterion
         args.th = args.th or {"nll": 0.003, "flips": 0.01}[args.tfb_criterion]
@@ -99,8 +111,8 @@ class TFB(WrapperBase):
         return {
             "parametrisation": "std = lora_A_rho^2",
             "sigma_q": self.sigma,
-            "criterion": self.args.tfb_criterion,
-            "tolerance": self.args.th,
+            "criterion": self.criterion,
+            "tolerance": self.tolerance,
             "search": self.search,
         }
 
@@ -114,6 +126,13 @@ class TFB(WrapperBase):
             config = read_json(description, "--load-lora-path")
             if config["modelwrapper"].startswith("tfb"):
                 self.sigma, self.search = config["sigma_q"], config["search"]
+                self.criterion, self.tolerance = config["criterion"], config["tolerance"]
+                logger.info(
+                    "TFB: %s has been searched already (sigma_q = %.5f); --th, --iter and other "
+                    "flags of the search have no effect.",
+                    folder,
+                    self.sigma,
+                )
                 return
         reparametrise(self, adapter_name)
 
@@ -195,13 +214,17 @@ def reparametrise(model, adapter: str) -> None:
     """
     for name, module in _layers(model, adapter):
         weight_a, weight_b = posterior_mean(module, adapter), _weight_b(module, adapter)
+        # k = min(out, r) directions; a head of few classes has fewer than r
         u, d, vt = torch.linalg.svd(weight_b.detach().double(), full_matrices=False)
         if d[0] == 0:
             raise UsageError(
                 f"TFB: B of the layer {name} is zero, so the adapter was never trained; train it."
             )
-        weight_b.data.copy_(u * d)
-        weight_a.data.copy_(vt @ weight_a.detach().double())
+        rotated = vt @ weight_a.detach().double()  # (k, in)
+        weight_b.data.zero_()
+        weight_a.data.zero_()
+        weight_b.data[:, : len(d)] = (u * d).to(weight_b.dtype)
+        weight_a.data[: len(d)] = rotated.to(weight_a.dtype)
 
 
 def set_spread(model, adapter: str, sigma: float) -> None:

@@ -343,11 +343,16 @@ class WrapperBase(PeftModel):
         }
         if args.temperature_scaling:
             self.held_out_loader = dataset.held_out_dataloader
-        self.num_training_steps = args.max_train_steps
+        self.num_training_steps = self.last_step = args.max_train_steps
         if args.max_train_steps or args.n_epochs:
             self.train_loader = dataset.train_dataloader
             updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
             self.num_training_steps = args.max_train_steps or args.n_epochs * updates_per_epoch
+            self.last_step = self.num_training_steps
+            if args.whole_epochs:  # the schedules have ended by then: learning rate 0
+                self.last_step = -(-self.last_step // updates_per_epoch) * updates_per_epoch
+            if args.early_stop_steps:
+                self.last_step = min(self.last_step, args.early_stop_steps)
             self.configure_optimizers()
             self._renew_view()
         # What the generators give from here on is the method's noise: other on every process.
@@ -369,12 +374,7 @@ class WrapperBase(PeftModel):
             RunError: the loss is not a number.
         """
         args = self.args
-        last_step = self.num_training_steps
-        if args.whole_epochs:  # the schedules have ended: these updates have learning rate 0
-            per_epoch = -(-len(train_loader) // args.grad_accum_steps)
-            last_step = -(-last_step // per_epoch) * per_epoch
-        if args.early_stop_steps:
-            last_step = min(last_step, args.early_stop_steps)
+        last_step = self.last_step
         self._resume_once()
         self.train()
         progress = tqdm(

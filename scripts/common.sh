@@ -18,6 +18,13 @@ STEPS="${STEPS:-5000}"
 NUM_PROCESSES="${NUM_PROCESSES:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c . || true)}"
 ((NUM_PROCESSES > 0)) || NUM_PROCESSES=1
 
+# folder METHOD DATASET NAME: where main.py keeps that run; a local model stands under its last name.
+folder() {
+    local model="$MODEL"
+    [[ ! -d "$model" ]] || model="$(basename "$(realpath "$model")")"
+    echo "checkpoints/$1/$model/$2/$3"
+}
+
 # run DATASET FLAGS...: one run, launched, resumed or skipped; prints it with DRY_RUN.
 run() {
     local dataset="$1" command=("$PYTHON_BIN")
@@ -89,7 +96,7 @@ llama_ood_all() { # METHOD FLAGS...
             name="$method-$source-seed$seed"
             run "$dataset" --modelwrapper "$method" "${COMMON[@]}" \
                 --seed "$seed" --log-path "$name-on-$dataset" --wandb-name "$name-on-$dataset" \
-                --load-lora-path "checkpoints/$method/$MODEL/$source/$name" \
+                --load-lora-path "$(folder "$method" "$source" "$name")" \
                 --ood-ori-dataset "$source" "$@"
         done
     done
@@ -102,7 +109,7 @@ tfb_all() { # FLAGS...
         for seed in $SEEDS; do
             name="$base-$dataset-seed$seed"
             run "$dataset" --modelwrapper tfb --dataset-type "$DATASET_TYPE" --max-seq-len "$LENGTH" \
-                --load-lora-path "checkpoints/$base/$MODEL/$dataset/$name" --seed "$seed" \
+                --load-lora-path "$(folder "$base" "$dataset" "$name")" --seed "$seed" \
                 --log-path "tfb-$name" --wandb-name "tfb-$name" --checkpoint "$@"
         done
     done

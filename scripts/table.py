@@ -19,15 +19,15 @@ COLUMNS = ("run", "model", "data set", "n", "draws", "ACC", "ECE", "NLL", "Brier
 def blocks(folder: Path) -> list[tuple[tuple[str, ...], dict[str, float]]]:
     """((run, model, data set, n, draws), metrics) of every evaluation of every run under `folder`.
 
-    A run is named by its method and, where that says more, its folder without the seed. Metrics
-    after temperature scaling are a row of their own.
+    A run is named by its method and its folder without the seed. Metrics after temperature scaling
+    are a row of their own.
     """
     found = []
     for file in sorted(folder.rglob("metrics.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
         name = re.sub(r"-?seed\d+", "", file.parent.name)
         method = run["modelwrapper"]
-        label = name if name.startswith(method) else method
+        label = name if name.startswith(method) else f"{method} {name}".strip()
         for dataset, block in run["datasets"].items():
             counts = (str(block.get("n_examples", "?")), str(block.get("n_draws", "?")))
             found.append(((label, run["model"], dataset, *counts), block))

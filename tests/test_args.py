@@ -188,3 +188,44 @@ def test_config_with_an_unknown_flag_is_an_error(tmp_path):
     file.write_text(json.dumps({"args": {"modelwrapper": "mle", "learning_rat": 1}}))
     with pytest.raises(UsageError, match="learning_rat"):
         parse_args(["--config", str(file)])
+
+
+# --- what a run on an adapter takes from the run that trained it ----------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path):
+    def store(*flags):
+        args = parse_args([*BASE, *flags])
+        content = {"args": args.as_dict(), "given": args.given}
+        (tmp_path / "args.json").write_text(json.dumps(content))
+        return ["--load-lora-path", str(tmp_path), "--modelwrapper", "mle"]
+
+    return store
+
+
+def test_what_is_given_wins_also_at_its_default(trained):
+    few = trained("--max-seq-len", "96", "--load-in-8bit", "--load-model-path", "weights")
+    assert parse_args(few).max_seq_len == 96
+    assert parse_args([*few, "--max-seq-len", "300"]).max_seq_len == 300
+    assert parse_args([*few, "--quantization", "4bit"]).quantization == "4bit"
+    assert parse_args(few).load_model_path == "weights"
+    assert parse_args([*few, "--model", "other"]).load_model_path is None
+
+
+def test_local_rows_of_another_data_set_are_not_taken_over(trained):
+    few = trained("--data-dir", "rows/obqa")
+    assert parse_args(few).data_dir == "rows/obqa"
+    assert parse_args([*few, "--dataset", "ARC-Easy"]).data_dir is None
+
+
+def test_the_protocol_of_the_adapter_is_taken_over(trained):
+    args = parse_args(trained("--protocol", "original"))
+    assert (args.protocol, args.boolq_tokens, args.append_eos) == ("original", "swapped", True)
+
+
+def test_temperature_needs_rows_that_were_held_out(trained):
+    with pytest.raises(UsageError, match="trained on the whole training set"):
+        parse_args([*trained(), "--temperature-scaling"])
+    assert parse_args([*trained("--temperature-scaling"), "--temperature-scaling"])
+    assert "pass one of them" in message("--temperature-scaling", "--testing-set", "train_val")

@@ -122,3 +122,41 @@ def test_probabilities_are_averaged_not_logits(causal_flags):
         members = wrapper.forward_logits(batch)
     expected = posterior_predictive(members.log_softmax(-1)).float()
     torch.testing.assert_close(point[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_smaller_ensemble_leaves_no_member_of_a_larger_one(causal_flags):
+    for size in (3, 2):
+        flags = ensemble(causal_flags, size=size)
+        main.main(flags)
+    folder = run_folder(flags)
+    assert {p.parent.name for p in folder.glob("*/adapter_config.json")} == {"member1"}
+
+
+@pytest.mark.parametrize("extra", [["--whole-epochs"], ["--early-stop-steps", "4"]])
+def test_states_of_members_are_in_order_when_their_length_is_not_max_train_steps(
+    causal_flags, monkeypatch, extra
+):
+    flags = [*causal_flags, "--modelwrapper", "deepensemble", "--ensemble-n", "2", "--checkpoint"]
+    flags += ["--max-train-steps", "7", "--save-per-steps", "2", *extra]
+    whole, cut = [*flags, "--log-path", "whole"], [*flags, "--log-path", "cut"]
+    main.main(whole)
+
+    def when(wrapper):
+        return wrapper.member == 1 and wrapper.step == 3
+
+    kill_and_resume(cut, DeepEnsemble, when, monkeypatch)
+    a, b = (
+        [json.loads(line)["step"] for line in (run_folder(f) / "history.jsonl").open()]
+        for f in (whole, cut)
+    )
+    assert a == b == list(range(1, (20 if "--whole-epochs" in extra else 8) + 1))
+    for path in run_folder(whole).rglob("adapter_model.safetensors"):
+        other = run_folder(cut) / path.relative_to(run_folder(whole))
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_untrained_members_do_not_count_while_one_is_trained(causal_flags):
+    _, dataset, wrapper = build(ensemble(causal_flags))
+    assert wrapper.predict(dataset.test_dataloader).log_probs.shape[1] == 1
+    wrapper.fit_evaluate()
+    assert wrapper.predict(dataset.test_dataloader).log_probs.shape[1] == 3

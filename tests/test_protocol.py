@@ -99,10 +99,17 @@ def test_members_average_logits(causal_flags):
     flags = [*causal_flags, "--modelwrapper", "deepensemble", "--max-train-steps", "2"]
     _, dataset, wrapper = build([*flags, "--ensemble-average", "logits"])
     _, _, other = build(flags)
+    for ensemble in (wrapper, other):
+        ensemble.step = ensemble.last_step  # as after training: all members count
+        torch.manual_seed(0)
+        for name, parameter in ensemble.state_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
     batch = wrapper.model_inputs(next(iter(dataset.test_dataloader)))
     with torch.no_grad():
         mean = wrapper.eval().forward_logits(batch)
         members = other.eval().forward_logits(batch)
+    assert members.std(1).min() > 0, "members differ"
     torch.testing.assert_close(mean, members.mean(1, keepdim=True))
 
 

@@ -148,6 +148,26 @@ def test_an_adapter_with_zero_b_is_an_error(causal_flags):
         build([*causal_flags, "--modelwrapper", "tfb", "--load-lora-path", str(run_folder(flags))])
 
 
+def test_a_head_with_fewer_classes_than_ranks(classifier_flags):
+    """B of the head is (5, 8): five directions, the other three rows of A are empty."""
+    flags = trained(classifier_flags, "--apply-classhead-lora")
+    _, _, plain = build(
+        [*flags[: flags.index("--modelwrapper")], "--modelwrapper", "mle", *flags[-2:]]
+    )
+    _, dataset, wrapper = build([*flags, "--th", "0.5"])
+    reference = [m for m in plain.modules() if isinstance(m, LoraLayer)]
+    assert min(layer.out_features for layer in layers(wrapper)) == 5
+    for layer, other in zip(layers(wrapper), reference, strict=True):
+        torch.testing.assert_close(
+            layer.get_delta_weight("default"),
+            other.get_delta_weight("default"),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+    wrapper.fit_evaluate()
+    assert wrapper.predict(dataset.test_dataloader).log_probs.std(1).max() > 0
+
+
 def test_a_direction_that_b_lacks_gets_no_noise(causal_flags):
     _, _, wrapper = build(trained(causal_flags))
     layer = layers(wrapper)[0]

@@ -32,9 +32,22 @@ WITHOUT_EFFECT = {
 
 
 # What a later run on an adapter takes from the run that trained it, unless told otherwise.
+# Within a group nothing is taken when one of its flags is given.
 ADOPTED = (
-    *("model", "model_type", "load_model_path", "quantization", "load_in_8bit", "dtype"),
-    *("dataset", "dataset_type", "data_dir", "max_seq_len", "seed_split", "held_out"),
+    ("model", "load_model_path"),
+    ("model_type",),
+    ("quantization", "load_in_8bit"),
+    ("dtype",),
+    ("dataset", "data_dir", "limit_train"),
+    ("dataset_type",),
+    ("max_seq_len",),
+    ("seed_split",),
+    ("held_out",),
+    ("protocol",),
+    ("choice_format",),
+    ("boolq_tokens",),
+    ("append_eos",),
+    ("ensemble_average",),
 )
 
 # --protocol: what the published multiple-choice runs did, and what is done here. Every entry is a
@@ -94,8 +107,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
-    def parse_strictly(self, argv: Sequence[str], namespace: Args) -> Args:
-        args, unknown = self.parse_known_args(argv, namespace)
+    def parse_strictly(self, argv: Sequence[str]) -> Args:
+        """All flags with their values; `given` has those that stand in `argv`, default or not."""
+        absent = object()
+        actions = [action for action in self._actions if action.dest != "help"]
+        args = Args(**{action.dest: absent for action in actions})
+        _, unknown = self.parse_known_args(argv, args)
+        said = {key: value for key, value in vars(args).items() if value is not absent}
+        for action in actions:
+            if action.dest not in said:
+                setattr(args, action.dest, action.default)
+        args.given = {key: value for key, value in said.items() if key not in NOT_REPEATED}
         if unknown:
             flag = unknown[0].partition("=")[0]
             if not flag.startswith("-"):
@@ -388,12 +410,7 @@ def finish(
     Raises:
         UsageError: unknown flags, broken rules, contradictions (both flags are named).
     """
-    args = parser.parse_strictly([*_as_argv(parser, config), *argv], Args())
-    args.given = {
-        key: value
-        for key, value in vars(args).items()
-        if value != parser.get_default(key) and key not in NOT_REPEATED
-    }
+    args = parser.parse_strictly([*_as_argv(parser, config), *argv])
     if ".py:" not in (args.modelwrapper or ""):
         args.modelwrapper = (args.modelwrapper or "").lower()
 
@@ -428,6 +445,11 @@ def finish(
         raise UsageError(
             "--load-lora-huggingface-repo needs --load-lora-path, the adapter's folder in it."
         )
+    if args.temperature_scaling and args.testing_set == "train_val":
+        raise UsageError(
+            "--temperature-scaling fits on the rows that --testing-set train_val evaluates; pass "
+            "one of them."
+        )
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: pass one of them.")
     for name, value in PROTOCOLS[args.protocol].items():
@@ -456,10 +478,19 @@ def _adopt_from_run(args: Args) -> None:
     file = Path(args.load_lora_path) / "args.json"
     if not file.is_file():
         return
-    stored = read_json(file, "--load-lora-path").get("given", {})
-    for name in ADOPTED:
-        if name in stored and name not in args.given:
-            setattr(args, name, stored[name])
+    content = read_json(file, "--load-lora-path")
+    stored = content.get("given", {})
+    for group in ADOPTED:
+        if not any(name in args.given for name in group):
+            for name in group:
+                setattr(args, name, stored.get(name, getattr(args, name)))
+    used = content.get("args", {})
+    held_out = used.get("temperature_scaling") or used.get("testing_set") == "train_val"
+    if args.temperature_scaling and not held_out:
+        raise UsageError(
+            f"--temperature-scaling: the adapter in {args.load_lora_path} was trained on the whole "
+            "training set, so no row is held out for it; train it with --temperature-scaling."
+        )
 
 
 def _as_argv(parser: Parser, config: dict[str, Any]) -> list[str]:

@@ -252,11 +252,12 @@ class RunFolder:
     def clear(self, keep_adapter: bool) -> None:
         """Forget an earlier run's states and results, before a new run begins."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
-        names = ["history.jsonl", "metrics.json", "predictions.safetensors", "log.txt"]
+        patterns = ["history.jsonl", "metrics.json", "predictions*.safetensors", "log.txt"]
         if not keep_adapter:
-            names += ["adapter_model.safetensors", "adapter_config.json", "bayes_config.json"]
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            patterns += ["adapter_*", "bayes_config.json", "member*/adapter_*"]
+        for pattern in patterns:
+            for file in self.path.glob(pattern):
+                file.unlink()
 
     # history
 
