@@ -235,7 +235,7 @@ class DatasetBase(ABC):
     @cached_property
     def train_rows(self) -> list[Example]:
         """What is trained on: all of the training set but what is held out."""
-        rows = self._divided[0] if self._holds_out else self._whole_training_set
+        rows = self._divided[0] if self.args.hold_out else self._whole_training_set
         return self._whole_batches(rows)
 
     @cached_property
@@ -287,10 +287,6 @@ class DatasetBase(ABC):
         size = self.args.batch_size
         return rows[: len(rows) // size * size or None] if self.args.drop_last else rows
 
-    @property
-    def _holds_out(self) -> bool:
-        return self.args.testing_set == "train_val" or self.args.temperature_scaling
-
     @cached_property
     def _whole_training_set(self) -> list[Example]:
         return self._examples("train", self.args.limit_train)
@@ -329,6 +325,11 @@ class DatasetBase(ABC):
     @cached_property
     def anchor_dataloader(self) -> DataLoader:
         return self._eval_loader(self.anchor_rows)
+
+    @cached_property
+    def train_eval_dataloader(self) -> DataLoader:
+        """The training rows once, as an evaluation sees them: for curvature."""
+        return self._eval_loader(self.train_rows)
 
     @cached_property
     def held_out_dataloader(self) -> DataLoader:

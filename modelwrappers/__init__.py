@@ -17,6 +17,7 @@ from modelwrappers import wrapperbase
 from modelwrappers.backbone import adapter_folder, load_model, lora_config
 from modelwrappers.blob import BLoB
 from modelwrappers.deepensemble import DeepEnsemble
+from modelwrappers.laplace import Laplace
 from modelwrappers.map import MAP
 from modelwrappers.mcdropout import MCDropout
 from modelwrappers.tfb import TFB
@@ -33,6 +34,7 @@ WRAPPERS: dict[str, type[WrapperBase]] = {
     "mcdropout": MCDropout,
     "deepensemble": DeepEnsemble,
     "blob": BLoB,
+    "laplace": Laplace,
     "tfb": TFB,
     "tfblora": TFB,  # the original's names: tfb, and tfb with --tfb-criterion flips
     "tfblora_acc": TFB,

@@ -139,11 +139,10 @@ class TFB(WrapperBase):
     def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return spread_tensors(self, self.active_adapter) | super()._adapter_tensors(tensors)
 
-    def fit_evaluate(self):
+    def fit_posterior(self) -> None:
         if self.sigma is None:
             self.sigma = self._largest_sigma(self.dataset.anchor_dataloader)
             logger.info("TFB: sigma_q = %.5f", self.sigma)
-        return super().fit_evaluate()
 
     def _largest_sigma(self, anchors: Iterable[Batch]) -> float:
         """Bisection on [0.001, --bayes-beta]; the largest sigma tried that meets the tolerance.

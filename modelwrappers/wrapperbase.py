@@ -1,8 +1,8 @@
 """The one training loop and the one evaluation that every method shares.
 
 A method is a subclass that overrides one to three hooks (`add_arguments`, `sampling`,
-`configure_optimizers`, `training_step`, `optimizer_step`), or just `forward_logits`. The way of a
-tensor:
+`configure_optimizers`, `training_step`, `optimizer_step`, `fit_posterior`), or just
+`forward_logits`. The way of a tensor:
 
     dataset.collate -> batch -> training_step -> forward_logits (B, N, C) -> mean NLL -> backward
     dataset.collate -> batch -> predict -> forward_logits (B, N, C) -> log_softmax -> by row index
@@ -189,6 +189,12 @@ class WrapperBase(PeftModel):
         for scheduler in self.schedulers.values():
             scheduler.step()
         return {}
+
+    def fit_posterior(self) -> None:
+        """Post-hoc methods: make the trained or loaded adapter Bayesian.
+
+        Called once, after training if there is any, before the evaluation.
+        """
 
     def method_state(self) -> dict[str, Any]:
         """What else a resumed run needs: counters and buffers that are no parameters."""
@@ -637,6 +643,7 @@ class WrapperBase(PeftModel):
             started = time.perf_counter()
             self.fit(self.train_loader, self.eval_loader if self.args.eval_per_steps else None)
             training_seconds = time.perf_counter() - started
+        self.fit_posterior()
         temperature = self._fit_temperature() if self.args.temperature_scaling else None
         name, split = self.args.dataset.rpartition(":")[2], self.args.testing_set
         metrics = self._score_and_keep(self.eval_loader, name, split, "predictions", temperature)

@@ -35,9 +35,11 @@ for seed in $SEEDS; do
     train mcdropout mcdropout "$seed"
     train deepensemble deepensemble "$seed"
     train blob blob "$seed" --bayes-klreweighting --bayes-kllr 0.01
-    echo "== tfb-seed$seed"
-    "$PYTHON_BIN" main.py "${COMMON[@]}" --modelwrapper tfb --seed "$seed" --log-path "tfb-seed$seed" \
-        --limit-train "$TRAIN_ROWS" \
-        --load-lora-path "$OUT/map/$MODEL/bbc_headlines/map-seed$seed" --checkpoint
+    for method in laplace tfb; do
+        echo "== $method-seed$seed"
+        "$PYTHON_BIN" main.py "${COMMON[@]}" --modelwrapper "$method" --seed "$seed" \
+            --log-path "$method-seed$seed" --checkpoint \
+            --load-lora-path "$OUT/map/$MODEL/bbc_headlines/map-seed$seed"
+    done
 done
 "$PYTHON_BIN" scripts/table.py --mean "$OUT"

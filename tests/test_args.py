@@ -225,7 +225,7 @@ def test_the_protocol_of_the_adapter_is_taken_over(trained):
 
 
 def test_temperature_needs_rows_that_were_held_out(trained):
-    with pytest.raises(UsageError, match="trained on the whole training set"):
+    with pytest.raises(UsageError, match="rows that were not trained on"):
         parse_args([*trained(), "--temperature-scaling"])
     assert parse_args([*trained("--temperature-scaling"), "--temperature-scaling"])
     assert "pass one of them" in message("--temperature-scaling", "--testing-set", "train_val")

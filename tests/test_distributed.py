@@ -24,6 +24,7 @@ METHODS = {
     "blob": "--bayes-eps 0.3 --bayes-kllr 0.01",
     "mcdropout": "",
     "deepensemble": "--ensemble-n 2",
+    "laplace": "--apply-classhead-lora --laplace-rank 4",
 }
 CASES = [(kind, method) for kind in KINDS for method in METHODS]
 
@@ -96,6 +97,21 @@ def test_two_ranks_train_one_posterior(runs, kind):
     assert spread and all((a[key] - b[key]).abs().max() > 0 for key in spread), "noise of its own"
     for key in spread:  # the KL's part of the steps is the same
         torch.testing.assert_close(a[key], b[key], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_find_the_curvature_of_one(runs, kind):
+    """Eigenvalues; an eigenvector's sign is anybody's."""
+    one, two = (run_folder(flags) for flags in runs[kind, "laplace"])
+    a, b = (load_file(folder / "laplace.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    for key in a:
+        if key.endswith("values"):
+            torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-3 * a[key].max().item())
+    described = [json.loads((f / "bayes_config.json").read_text())["laplace"] for f in (one, two)]
+    assert described[0]["n_examples"] == described[1]["n_examples"] == 40
+    for key in ("prior_precision", "log_marginal_likelihood"):
+        assert described[0][key] == pytest.approx(described[1][key], rel=1e-2), key
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)

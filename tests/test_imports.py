@@ -9,7 +9,14 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("dataset", "modelwrappers", "utils")
 ALLOWED = {"main": set(ROOMS), "dataset": {"utils"}, "modelwrappers": {"utils"}, "utils": set()}
 SHARED_METHOD_PARTS = {"wrapperbase", "stochastic_lora"}
-NOT_METHODS = {"__init__", "wrapperbase", "backbone", "stochastic_lora", "model_card"}
+NOT_METHODS = {
+    "__init__",
+    "wrapperbase",
+    "backbone",
+    "stochastic_lora",
+    "lora_curvature",
+    "model_card",
+}
 LAZY = {"bitsandbytes", "wandb", "laplace", "matplotlib"}
 FILES = [
     ROOT / "main.py",

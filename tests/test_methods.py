@@ -13,6 +13,7 @@ FLAGS = {
     "blob": ["--bayes-eps", "0.3", "--flipout", "none"],
     "mcdropout": [],
     "deepensemble": ["--ensemble-n", "2"],
+    "laplace": ["--laplace-rank", "8"],
 }
 # They train nothing: tests/test_tfb.py sends them through the same cells on a trained adapter.
 POST_HOC = {"tfb", "tfblora", "tfblora_acc"}

@@ -320,6 +320,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--held-out", type=fraction, default=0.2, help="share of the training set that is held out"
     )
+    add_switch(
+        data,
+        "--hold-out",
+        default=None,
+        help="keep that share out of training (default: where something of the run needs it)",
+    )
     data.add_argument("--seed-split", type=seed, default=0, help="seed of what is held out")
     data.add_argument(
         "--ood-datasets", nargs="+", help="shifted data sets to evaluate the same posterior on"
@@ -463,6 +469,7 @@ def finish(
         if getattr(args, name) is None:
             setattr(args, name, args.seed)
     check_method(args)
+    _settle_hold_out(args)
     args.opt_wd = 0.0 if args.opt_wd is None else args.opt_wd
     if args.load_lora_path is None:  # else None means: as the adapter says
         args.lora_r = 8 if args.lora_r is None else args.lora_r
@@ -479,18 +486,27 @@ def _adopt_from_run(args: Args) -> None:
     if not file.is_file():
         return
     content = read_json(file, "--load-lora-path")
-    stored = content.get("given", {})
+    trained = content.get("args", {})
     for group in ADOPTED:
-        if not any(name in args.given for name in group):
+        is_preset = "protocol" in args.given and group[0] in PROTOCOLS[args.protocol]
+        if not is_preset and not any(name in args.given for name in group):
             for name in group:
-                setattr(args, name, stored.get(name, getattr(args, name)))
-    used = content.get("args", {})
-    held_out = used.get("temperature_scaling") or used.get("testing_set") == "train_val"
-    if args.temperature_scaling and not held_out:
+                setattr(args, name, trained.get(name, getattr(args, name)))
+    if args.hold_out is None and args.dataset == trained.get("dataset"):
+        args.hold_out = trained.get("hold_out")
+
+
+def _settle_hold_out(args: Args) -> None:
+    """Whether part of the training set is held out: said, known of the adapter, or needed."""
+    needed = args.temperature_scaling or args.testing_set == "train_val"
+    if needed and args.hold_out is False:
+        flag = "--temperature-scaling" if args.temperature_scaling else "--testing-set train_val"
+        source = f" of the adapter in {args.load_lora_path}" if args.load_lora_path else ""
         raise UsageError(
-            f"--temperature-scaling: the adapter in {args.load_lora_path} was trained on the whole "
-            "training set, so no row is held out for it; train it with --temperature-scaling."
+            f"{flag} needs rows that were not trained on, but the training set{source} is whole "
+            "(--hold-out false); train with --hold-out."
         )
+    args.hold_out = bool(args.hold_out or needed)
 
 
 def _as_argv(parser: Parser, config: dict[str, Any]) -> list[str]:

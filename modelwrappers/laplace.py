@@ -1,0 +1,577 @@
+r"""Laplace-LoRA (Yang et al., arXiv 2308.13111): a Gaussian posterior around a trained adapter.
+
+Post hoc: $q(\theta) = N(\theta_{MAP}, (H + \lambda I)^{-1})$ over the LoRA matrices, H the
+generalised Gauss-Newton matrix of the training set's negative log-likelihood (the Fisher
+information of a softmax), and $\lambda$ the precision of the prior $N(0, \lambda^{-1} I)$, by
+maximising the Laplace evidence (MacKay 1992; Immer et al., arXiv 2104.04975)
+
+    log p(D) ~ log p(D | MAP) - (lambda |MAP|^2 + log det(H + lambda I) - P log lambda) / 2
+
+or by the NLL of held-out rows. The predictive is that of the linearised model,
+$f(x) \sim N(f_{MAP}(x), J \Sigma J^\top)$ with the full covariance of the C class logits.
+
+Curvature and Jacobians come from `lora_curvature`, posterior algebra and evidence from
+laplace-torch (Daxberger et al., arXiv 2106.14806).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modelwrappers.backbone import head_modules
+from modelwrappers.lora_curvature import (
+    CURVATURES,
+    Projection,
+    Tape,
+    softmax_hessian_root,
+)
+from modelwrappers.wrapperbase import Batch, WrapperBase, peak_memory
+from utils.args import count, positive_float
+from utils.checkpoint import read_json, read_tensors, write_tensors
+from utils.errors import UsageError
+from utils.logging import logger
+from utils.metrics import negative_log_likelihood, posterior_predictive
+from utils.seeding import mix_seed
+
+FACTORS_FILE = "laplace.safetensors"
+MOST_PARAMETERS_OF_FULL = 10_000
+# Values of the prior precision that --laplace-prior-precision validation tries.
+GRID = torch.logspace(-2, 6, 33, dtype=torch.float64)
+
+
+def _prior_precision(text: str) -> str | float:
+    return text if text in ("evidence", "validation") else positive_float(text)
+
+
+class Laplace(WrapperBase):
+    """Laplace posterior on a trained adapter, or on one that this run trains first as MAP does."""
+
+    is_stochastic = True
+    posterior_flags = (
+        "laplace_layers",
+        "laplace_hessian",
+        "laplace_rank",
+        "laplace_predictive",
+        "bayes_inference_notsample",
+    )
+
+    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
+        head = head_modules(model)[-1:]
+        super().__init__(model, peft_config, args, accelerator, adapter_name)
+        if self._shares_positions:
+            raise UsageError(
+                "Laplace needs the Jacobian of each example, but this DeBERTa sends one table of "
+                "positions for all of them through its adapted layers; choose another model."
+            )
+        self._head = f"base_model.model.{head[0]}" if head else None
+        self.posterior = None  # of laplace-torch; None while the adapter is a point estimate
+        self.projections: list[Projection] = []
+        self.description: dict[str, Any] = {}
+        self.hessian = args.laplace_hessian
+        self._layers()  # a layer that cannot be covered should not wait for the training
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    @classmethod
+    def add_arguments(cls, parser) -> None:
+        group = parser.add_argument_group("Laplace")
+        group.add_argument(
+            "--laplace-layers",
+            choices=["all", "last_layer"],
+            default="all",
+            help="every LoRA layer (LA), or the output head's only (LLLA)",
+        )
+        group.add_argument(
+            "--laplace-hessian",
+            choices=sorted(CURVATURES),
+            default="kron",
+            help="structure of the curvature",
+        )
+        group.add_argument(
+            "--laplace-rank",
+            type=count,
+            default=64,
+            help="rank of Kronecker factors wider than twice as much; 0: exact",
+        )
+        group.add_argument(
+            "--laplace-prior-precision",
+            type=_prior_precision,
+            default="evidence",
+            metavar="{evidence,validation,NUMBER}",
+            help="how the prior's precision is found, or its value",
+        )
+        group.add_argument(
+            "--laplace-predictive",
+            choices=["mc", "probit"],
+            default="mc",
+            help="mean softmax over draws of the logits, or its probit approximation",
+        )
+
+    @classmethod
+    def check_arguments(cls, args) -> None:
+        if args.load_lora_path is None and not (args.max_train_steps or args.n_epochs):
+            raise UsageError(
+                "Laplace is a posterior around a trained adapter, but there is none: pass "
+                "--load-lora-path, or train one first with --max-train-steps or --n-epochs."
+            )
+        if args.opt_wd is None:
+            args.opt_wd = 1e-5  # as `map`
+        if args.laplace_prior_precision == "validation":
+            if args.hold_out is False:
+                raise UsageError(
+                    "--laplace-prior-precision validation needs rows that were not trained on, but "
+                    "the training set is whole (--hold-out false, or so the adapter's run was "
+                    "made); train with --hold-out, or pass evidence."
+                )
+            args.hold_out = True
+
+    def final_draws(self) -> int:
+        draws = super().final_draws()
+        return min(draws, 1) if self.args.laplace_predictive == "probit" else draws
+
+    def fit_posterior(self) -> None:
+        """Curvature of the training set, then the prior precision; not for a loaded posterior."""
+        if self.posterior is not None and not self.num_training_steps:
+            return
+        started = time.perf_counter()
+        self.projections = self._select_projections()
+        curvature, loss, num_rows = self._sum_curvature(self.dataset.train_eval_dataloader)
+        self.posterior = self._build_posterior(curvature.blocks())
+        self.posterior.loss, self.posterior.n_data = loss, num_rows
+        self._set_prior_precision()
+        evidence = self.posterior.log_marginal_likelihood().item()
+        self.description = {
+            "prior_precision": self.posterior.prior_precision.item(),
+            "log_marginal_likelihood": evidence,
+            "n_parameters": self.posterior.n_params,
+            "n_examples": num_rows,
+            "factor_bytes": sum(t.numel() * t.element_size() for t in self._tensors().values()),
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_memory_bytes": peak_memory(self.accelerator.device),
+        }
+        logger.info(
+            "Laplace: %s curvature of %d parameters from %d rows, %.1f MB, in %.1f s, peak memory "
+            "%.0f MB; prior precision %.4g, log evidence %.2f",
+            self.hessian,
+            self.posterior.n_params,
+            num_rows,
+            self.description["factor_bytes"] / 1e6,
+            self.description["seconds"],
+            self.description["peak_memory_bytes"] / 1e6,
+            self.description["prior_precision"],
+            evidence,
+        )
+
+    def method_config(self) -> dict[str, Any]:
+        return {
+            "laplace": self.description,
+            "projections": [projection.name for projection in self.projections],
+            "factors": FACTORS_FILE,
+        }
+
+    # --- prediction -------------------------------------------------------------------------------
+
+    def forward_logits(
+        self, batch: Batch, sample: bool = True, n_samples: int = 1, **kwargs
+    ) -> Float[Tensor, "B N C"]:
+        r"""Class logits of the linearised model, draws of $N(f_{MAP}, J \Sigma J^\top)$.
+
+        With --laplace-predictive probit one slice, $f / \sqrt{1 + \frac\pi8 \mathrm{var} f}$.
+        Without a posterior, with `sample=False`, and where the adapter is merged or disabled, the
+        model's own logits (N = 1).
+        """
+        if self.posterior is None or not sample or not self._adapter_acts():
+            return self._batch_logits(batch).unsqueeze(1)
+        mean, covariance = self.linearised(batch)
+        if self.args.laplace_predictive == "probit":
+            return _probit(mean, covariance).unsqueeze(1)
+        return _draws(mean, covariance, _standard_normal(mean, n_samples))
+
+    def _adapter_acts(self) -> bool:
+        return not any(layer.merged or layer.disable_adapters for _, layer in self._lora_layers())
+
+    def linearised(self, batch: Batch) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C C"]]:
+        """Mean and covariance of the class logits under the posterior."""
+        parts = [
+            (logits, self._covariance(jacobians, beyond))
+            for logits, jacobians, beyond in self._jacobians(batch)
+        ]
+        mean, covariance = (torch.cat(column) for column in zip(*parts, strict=True))
+        return mean, covariance
+
+    def _jacobians(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(logits (b, C), Jacobians (b, C, P), Jacobians in head rows outside of the posterior).
+
+        As many rows at a time as training takes, or fewer where the Jacobians are long.
+        """
+        beyond = self._rows_beyond()
+        classes = self.dataset_classes
+        size = max(1, min(self.args.batch_size, 2**28 // (classes * self.posterior.n_params)))
+        for rows in _slices(batch, size):
+            # An evaluation runs in inference mode, whose tensors no gradient may come from.
+            with torch.inference_mode(False), torch.enable_grad():
+                inputs = {key: value.clone() for key, value in rows.items()}
+                with Tape([*self.projections, *beyond]) as tape:
+                    logits = self._batch_logits(inputs)
+                jacobians = tape.jacobians(logits)
+            inside = self.posterior.n_params
+            yield logits.detach().float(), jacobians[..., :inside], jacobians[..., inside:]
+
+    def _covariance(self, jacobians: Tensor, beyond: Tensor) -> Float[Tensor, "b C C"]:
+        covariance = self.posterior.functional_variance(jacobians).double()
+        # No training example has said anything about these rows: they have the prior's variance.
+        beyond = beyond.double()
+        return covariance + beyond @ beyond.mT / self.posterior.prior_precision.item()
+
+    @property
+    def dataset_classes(self) -> int:
+        """C, as far as memory is concerned."""
+        return len(self.target_ids) if self.is_causal else self.base_model.config.num_labels
+
+    # --- what the posterior covers ----------------------------------------------------------------
+
+    def _layers(self) -> list[tuple[str, LoraLayer]]:
+        """The layers of --laplace-layers.
+
+        Raises:
+            UsageError: there is none, or one that is no pair of linear maps.
+        """
+        adapter, found = self.active_adapter, self._lora_layers()
+        if self.args.laplace_layers == "last_layer":
+            found = [(name, layer) for name, layer in found if name == self._head]
+            if not found:
+                raise UsageError(
+                    "--laplace-layers last_layer is the posterior over the output head's LoRA, but "
+                    "the adapter has none there; train it with --apply-classhead-lora, or pass "
+                    "--laplace-layers all."
+                )
+        for name, layer in found:
+            if adapter not in layer.lora_A or layer.lora_variant.get(adapter) is not None:
+                raise UsageError(
+                    f"Laplace covers plain LoRA on linear layers, but {name} is an embedding or a "
+                    "variant of LoRA; leave it out with --target-modules."
+                )
+        return found
+
+    def _lora_layers(self) -> list[tuple[str, LoraLayer]]:
+        return [
+            (name, layer)
+            for name, layer in self.named_modules()
+            if isinstance(layer, LoraLayer) and self.active_adapter in layer.scaling
+        ]
+
+    def _pairs(self, layers: list[tuple[str, LoraLayer]]) -> list[Projection]:
+        adapter = self.active_adapter
+        projections = []
+        for name, layer in layers:
+            # Class logits depend on few of the rows of a causal LM's head.
+            rows = self.target_ids if self.is_causal and name == self._head else None
+            projections += [
+                Projection(f"{name}.lora_A.weight", layer.lora_A[adapter]),
+                Projection(f"{name}.lora_B.weight", layer.lora_B[adapter], rows),
+            ]
+        return projections
+
+    def _select_projections(self) -> list[Projection]:
+        projections = self._pairs(self._layers())
+        number = sum(projection.weight.numel() for projection in projections)
+        if self.hessian == "full" and number > MOST_PARAMETERS_OF_FULL:
+            raise UsageError(
+                f"--laplace-hessian full keeps a square matrix over all parameters, but there are "
+                f"{number}, more than {MOST_PARAMETERS_OF_FULL}; pass --laplace-hessian kron, or "
+                "--laplace-layers last_layer with --apply-classhead-lora."
+            )
+        return projections
+
+    def _rows_beyond(self) -> list[Projection]:
+        """The head's rows of answer tokens that the posterior was not fitted on."""
+        beyond = []
+        for name, module, rows in self.projections:
+            if rows is not None:
+                others = self.target_ids[~torch.isin(self.target_ids, rows)]
+                beyond += [Projection(name, module, others)] if len(others) else []
+        return beyond
+
+    # --- fitting ----------------------------------------------------------------------------------
+
+    def _sum_curvature(self, loader: Iterable[Batch]) -> tuple[Any, Tensor, int]:
+        """(curvature, sum of the NLL, number of rows) of the training set, over all processes."""
+        accelerator, device = self.accelerator, self.accelerator.device
+        curvature = CURVATURES[self.hessian](self.projections, self.args.laplace_rank)
+        loss = torch.zeros((), device=device, dtype=torch.float64)
+        seen: set[int] = set()
+        was_training = self.training
+        self.eval()
+        try:
+            for batch in tqdm(
+                loader, desc="curvature", disable=not accelerator.is_local_main_process
+            ):
+                batch = send_to_device(batch, device)
+                batch["new"] = self._first_seen(batch["index"], seen)
+                for rows in _slices(batch, self.args.batch_size):
+                    new, labels = rows.pop("new"), rows["labels"]
+                    with Tape(self.projections) as tape, accelerator.autocast():
+                        logits = self._batch_logits(self.model_inputs(rows)).float()
+                    root = softmax_hessian_root(logits) * new[:, None, None]
+                    curvature.add(tape, logits, root)
+                    nll = nn.functional.cross_entropy(logits.detach(), labels, reduction="none")
+                    loss += (nll * new).sum()
+        finally:
+            self.train(was_training)
+        if accelerator.num_processes > 1:
+            for total in (loss, *curvature.tensors()):
+                total.copy_(accelerator.reduce(total, reduction="sum"))
+        return curvature, loss, len(seen)
+
+    def _first_seen(self, index: Tensor, seen: set[int]) -> Float[Tensor, " B"]:
+        """1 for rows that no process has had before, 0 for those that fill up a last batch."""
+        accelerator = self.accelerator
+        everywhere = index[None]
+        if accelerator.num_processes > 1:
+            padded = accelerator.pad_across_processes(index, pad_index=-1)
+            everywhere = accelerator.gather(padded[None])
+        new = torch.ones(len(index), device=index.device)
+        for process, rows in enumerate(everywhere.tolist()):
+            if process == accelerator.process_index:
+                new = torch.tensor([float(r not in seen) for r in index.tolist()]).to(index.device)
+            seen.update(row for row in rows if row >= 0)
+        return new
+
+    def _build_posterior(self, blocks: list[list[tuple[Tensor, Tensor]]]):
+        """laplace-torch's posterior with our curvature in it; its small sums are in float64."""
+        weights = nn.ParameterList([p.weight.double() for p in self.projections])
+        posterior = _posterior_class(self.hessian)(weights, "classification")
+        posterior.mean = nn.utils.parameters_to_vector(weights).detach()
+        posterior.blocks = blocks
+        posterior.take(blocks)
+        return posterior
+
+    def _set_prior_precision(self) -> None:
+        wanted = self.args.laplace_prior_precision
+        if wanted == "evidence":
+            with warnings.catch_warnings():  # it warns of a default that evidence does not use
+                warnings.simplefilter("ignore")
+                self.posterior.optimize_prior_precision(
+                    method="marglik", prior_structure="scalar", n_steps=300
+                )
+        elif wanted == "validation":
+            self.posterior.prior_precision = self._best_on(self.dataset.held_out_dataloader)
+        else:
+            self.posterior.prior_precision = wanted
+
+    def _best_on(self, loader: Iterable[Batch]) -> float:
+        """The prior precision of `GRID` with the lowest NLL of `loader`'s rows.
+
+        The Jacobians of a batch serve all values, and so do the draws: the curve has no noise of
+        its own between its points.
+        """
+        log_probs: list[list[Tensor]] = [[] for _ in GRID]
+        labels, index = [], []
+        draws = self.args.bayes_eval_n_samples_final
+        self.eval()
+        for batch in tqdm(loader, desc="prior", disable=not self.accelerator.is_local_main_process):
+            batch = send_to_device(batch, self.accelerator.device)
+            labels.append(batch["labels"])
+            index.append(batch["index"])
+            torch.manual_seed(mix_seed("prior", self.args.seed_sampling, int(batch["index"][0])))
+            for logits, jacobians, beyond in self._jacobians(self.model_inputs(batch)):
+                noise = _standard_normal(logits, draws)
+                for values, precision in zip(log_probs, GRID, strict=True):
+                    self.posterior.prior_precision = precision.item()
+                    covariance = self._covariance(jacobians, beyond)
+                    if self.args.laplace_predictive == "probit":
+                        drawn = _probit(logits, covariance).unsqueeze(1)
+                    else:
+                        drawn = _draws(logits, covariance, noise)
+                    values.append(posterior_predictive(drawn.float().log_softmax(-1)))
+        gathered = [
+            self._gather(torch.cat(values).unsqueeze(1), torch.cat(labels), torch.cat(index))
+            for values in log_probs
+        ]
+        nll = [negative_log_likelihood(p.log_probs[:, 0], p.labels) for p in gathered]
+        return GRID[min(range(len(nll)), key=nll.__getitem__)].item()
+
+    # --- on disk ----------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The posterior's factors: eigenvectors and eigenvalues, by projection."""
+        tensors = {}
+        for i, block in enumerate(self.posterior.blocks):
+            for j, (vectors, values) in enumerate(block):
+                tensors |= {f"{i}.{j}.vectors": vectors, f"{i}.{j}.values": values}
+        for projection in self.projections:
+            if projection.rows is not None:
+                tensors["rows"] = projection.rows
+        return tensors
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        if self.posterior is not None and kwargs.get("is_main_process", True):
+            write_tensors(Path(save_directory) / FACTORS_FILE, self._tensors(), {})
+
+    def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
+        """Load; the factors too, if the adapter is a Laplace posterior and nothing is trained."""
+        super().load_adapter_weights(folder, adapter_name)
+        description = folder / "bayes_config.json"
+        if not description.is_file():
+            return
+        config = read_json(description, "--load-lora-path")
+        if config["modelwrapper"] != "laplace" or self.args.max_train_steps or self.args.n_epochs:
+            return
+        stored = config["laplace"]
+        tensors = read_tensors(folder / FACTORS_FILE, "--load-lora-path")
+        modules = {p.name: p.module for p in self._pairs(self._lora_layers())}
+        rows = tensors.pop("rows", None)
+        head = f"{self._head}.lora_B.weight"
+        self.projections = [
+            Projection(name, modules[name], rows if name == head else None)
+            for name in config["projections"]
+        ]
+        self.hessian = config["flags"]["laplace_hessian"]
+        blocks: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for key in sorted(tensors, key=lambda key: [int(n) for n in key.split(".")[:2]]):
+            block, _, kind = key.split(".")
+            if kind == "values":
+                vectors = tensors[key.replace("values", "vectors")]
+                blocks.setdefault(block, []).append((vectors, tensors[key]))
+        device = self.accelerator.device
+        self.posterior = self._build_posterior(
+            [[(q.to(device), v.to(device)) for q, v in block] for block in blocks.values()]
+        )
+        self.posterior.prior_precision = stored["prior_precision"]
+        self.description = stored
+        logger.info(
+            "Laplace: %s has its curvature already (%s, %d parameters, prior precision %.4g); "
+            "flags of the fit have no effect.",
+            folder,
+            self.hessian,
+            stored["n_parameters"],
+            stored["prior_precision"],
+        )
+
+
+@cache
+def _posterior_class(structure: str):
+    """laplace-torch's class for a structure of the curvature, which is given and not computed.
+
+    The library is imported here, where it is needed.
+    """
+    try:
+        from laplace import DiagLaplace, KronLaplace
+        from laplace.utils.matrix import KronDecomposed
+    except ImportError as error:
+        raise UsageError(
+            f"Laplace needs laplace-torch, which cannot be imported ({error}); run: "
+            "pip install --no-deps -r requirements-laplace.txt"
+        ) from None
+
+    class LowRankKron(KronDecomposed):
+        """Eigenvectors (p, k) of a factor may be few: on the rest of the space it is 0."""
+
+        def __add__(self, deltas: Tensor) -> LowRankKron:
+            return LowRankKron(self.eigenvectors, self.eigenvalues, self.deltas + deltas)
+
+        def __mul__(self, scalar: float) -> LowRankKron:
+            scaled = super().__mul__(scalar)
+            return LowRankKron(scaled.eigenvectors, scaled.eigenvalues, scaled.deltas)
+
+        def logdet(self) -> Tensor:
+            total = torch.zeros((), dtype=self.deltas.dtype, device=self.deltas.device)
+            for vectors, values, delta in self._blocks():
+                spectrum = _outer(values)
+                size = math.prod(len(q) for q in vectors)
+                total = total + (spectrum + delta).log().sum()
+                total = total + (size - spectrum.numel()) * delta.log()
+            return total
+
+        def _bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+            parts, start = [], 0
+            for vectors, values, delta in self._blocks():
+                shape = [len(q) for q in vectors]
+                block = W[..., start : start + math.prod(shape)].unflatten(-1, shape)
+                inside = _project(block, [q.mT for q in vectors])
+                outside = block - _project(inside, vectors)
+                scale = (_outer(values) + delta).pow(exponent).to(W.dtype)
+                result = _project(inside * scale, vectors)
+                if scale.numel() < math.prod(shape):
+                    result = result + delta.pow(exponent).to(W.dtype) * outside
+                parts.append(result.flatten(-len(shape)))
+                start += math.prod(shape)
+            return torch.cat(parts, dim=-1)
+
+        def inv_square_form(self, W: Tensor) -> Tensor:
+            root = self._bmm(W, -0.5)  # symmetric and never negative, whatever the rounding
+            return root @ root.mT
+
+        def _blocks(self):
+            return zip(self.eigenvectors, self.eigenvalues, self.deltas, strict=True)
+
+    class GivenKron(KronLaplace):
+        """Kronecker-factored curvature, or with one block of one factor the whole of it."""
+
+        def _init_H(self) -> None:
+            self.H = self.H_facs = None  # the library would allocate every dense factor
+
+        def take(self, blocks: list[list[tuple[Tensor, Tensor]]]) -> None:
+            vectors = [[q for q, _ in block] for block in blocks]
+            self.H = self.H_facs = LowRankKron(vectors, [[v for _, v in block] for block in blocks])
+
+    class GivenDiagonal(DiagLaplace):
+        """Diagonal curvature."""
+
+        def take(self, blocks: list[list[tuple[Tensor, Tensor]]]) -> None:
+            self.H = blocks[0][0][1]
+
+        def functional_variance(self, Js: Tensor) -> Tensor:
+            root = Js * self.posterior_scale.to(Js.dtype)
+            return root @ root.mT
+
+    return {"kron": GivenKron, "full": GivenKron, "diag": GivenDiagonal}[structure]
+
+
+def _outer(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.outer(*values)
+
+
+def _project(block: Tensor, factors: list[Tensor]) -> Tensor:
+    """(Q1 x Q2) applied to blocks (..., p1, p2), or Q to vectors (..., p)."""
+    if len(factors) == 1:
+        return block @ factors[0].mT
+    return factors[0] @ block @ factors[1].mT
+
+
+def _slices(batch: Batch, size: int) -> Iterator[Batch]:
+    for start in range(0, len(batch["input_ids"]), size):
+        yield {key: value[start : start + size] for key, value in batch.items()}
+
+
+def _standard_normal(mean: Tensor, n_samples: int) -> Float[Tensor, "B N C"]:
+    return torch.randn(
+        mean.shape[0], n_samples, mean.shape[1], dtype=torch.float64, device=mean.device
+    )
+
+
+def _draws(mean: Tensor, covariance: Tensor, noise: Tensor) -> Float[Tensor, "B N C"]:
+    """f = mean + S e with S S^T the covariance, which may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)  # (B, C, C)
+    return (mean.double().unsqueeze(1) + noise @ root.mT).float()
+
+
+def _probit(mean: Tensor, covariance: Tensor) -> Float[Tensor, "B C"]:
+    """MacKay's approximation of the mean softmax, from the variances alone (1992)."""
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    return (mean / (1 + math.pi / 8 * variance).sqrt()).float()
