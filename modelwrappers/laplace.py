@@ -195,7 +195,9 @@ class Laplace(WrapperBase):
         """
         if self.posterior is None or not sample or not self._adapter_acts():
             return self._batch_logits(batch).unsqueeze(1)
-        mean, covariance = self.linearised(batch)
+        # Mixed precision is for the model: a covariance in bfloat16 would be none.
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            mean, covariance = self.linearised(batch)
         if self.args.laplace_predictive == "probit":
             return _probit(mean, covariance).unsqueeze(1)
         return _draws(mean, covariance, _standard_normal(mean, n_samples))
@@ -224,7 +226,7 @@ class Laplace(WrapperBase):
             # An evaluation runs in inference mode, whose tensors no gradient may come from.
             with torch.inference_mode(False), torch.enable_grad():
                 inputs = {key: value.clone() for key, value in rows.items()}
-                with Tape([*self.projections, *beyond]) as tape:
+                with Tape([*self.projections, *beyond]) as tape, self.accelerator.autocast():
                     logits = self._batch_logits(inputs)
                 jacobians = tape.jacobians(logits)
             inside = self.posterior.n_params
