@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import main
 
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
 SWEEPS = [script for script in SCRIPTS if script.parent.name != "scripts"]
+POST_HOC = [script for script in SWEEPS if "post_hoc" in script.read_text()]
+SLURM = ROOT / "scripts/slurm/sweep.sbatch"
+CONFIGS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 
 
 def dry_run(script, **environment) -> list[list[str]]:
@@ -28,7 +32,7 @@ def dry_run(script, **environment) -> list[list[str]]:
     return [command[command.index("main.py") + 1 :] for command in commands]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, SLURM], ids=lambda s: s.name)
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
@@ -36,7 +40,7 @@ def test_scripts_are_valid_bash(script):
 @pytest.mark.parametrize("script", SWEEPS, ids=lambda s: s.name)
 def test_every_printed_command_parses(script):
     commands = dry_run(script, SEEDS="1 2")
-    assert len(commands) >= 10
+    assert len(commands) >= 2
     for command in commands:
         args = main.parse_args(command)
         assert args.resume and args.seed in (1, 2)
@@ -73,7 +77,7 @@ def test_the_environment_overrides():
     assert (args.model, args.dataset, args.seed) == ("smollm2-135m", "bbc_headlines", 7)
     assert (args.quantization, args.data_dir, args.max_train_steps) == (
         "none",
-        "rows/bbc_headlines",
+        "rows",
         3,
     )
     assert (args.tracker, args.lr) == ("none", 0.5)
@@ -104,6 +108,59 @@ def test_the_shifted_runs_load_what_the_first_runs_save():
     for other in others:
         assert other.load_lora_path == str(main.run_folder_path(first))
         assert other.max_train_steps == 0
+
+
+@pytest.mark.parametrize("script", POST_HOC, ids=lambda s: s.name)
+def test_post_hoc_scripts_load_what_their_base_has_saved(script):
+    method, base = re.search(r"_post_hoc (\w+) (\w+)", script.read_text()).groups()
+    first = ROOT / "scripts" / base / script.name.replace(method, base)
+    saved = {str(main.run_folder_path(main.parse_args(c))) for c in dry_run(first)}
+    for command in dry_run(script):
+        assert command[command.index("--load-lora-path") + 1] in saved
+
+
+def test_the_shifted_runs_of_a_post_hoc_method_are_blocks_of_one_run():
+    (args,) = map(main.parse_args, dry_run(ROOT / "scripts/tfb/tfb-llama-ood-all.sh", SEEDS="1"))
+    assert args.dataset == "obqa"
+    assert args.ood_datasets == ["ARC-Challenge", "ARC-Easy", "MMLU-chem", "MMLU-phy"]
+
+
+# --- launching ------------------------------------------------------------------------------------
+
+
+def array_task(task: int, script: str) -> subprocess.CompletedProcess:
+    environment = {"DRY_RUN": "1", "PYTHON_BIN": "python", "SLURM_ARRAY_TASK_ID": str(task)}
+    return subprocess.run(
+        ["bash", str(SLURM), script],
+        env=os.environ | environment | {"DATASETS": "obqa boolq", "SEEDS": "1 2"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_array_task_is_one_run_of_the_sweep():
+    script = "scripts/blob/blob-llama-all.sh"
+    tasks = [array_task(task, script) for task in range(5)]
+    lines = [task.stdout.split(" main.py ")[1].strip() for task in tasks[:4]]
+    commands = dry_run(ROOT / script, DATASETS="obqa boolq", SEEDS="1 2")
+    assert [shlex.split(line) for line in lines] == commands
+    assert tasks[4].returncode == 2 and "--array goes from 0 to 3" in tasks[4].stderr
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
+def test_a_launch_configuration_is_one_that_accelerate_takes(file):
+    from accelerate.commands import launch
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.gpu_ids is None and config.main_process_port is None
+    assert config.main_process_ip is None and config.mixed_precision == "no"
+    text = file.read_text()
+    assert text.startswith("#") and f"--config_file configs/accelerate/{file.name}" in text
+    flags = ["--config_file", str(file), "--num_processes", "2", "main.py", "--modelwrapper", "map"]
+    args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(flags))
+    assert args.use_fsdp == (file.stem == "fsdp")
+    assert args.multi_gpu == (file.stem in ("ddp", "several_machines"))
 
 
 def test_the_table_prints_means_over_seeds(tmp_path):
