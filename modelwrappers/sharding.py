@@ -1,8 +1,8 @@
-"""FSDP: every process keeps a part of the frozen base model; what is trained stays whole everywhere.
+"""FSDP: every process keeps a part of the frozen base model; what is trained stays whole.
 
-The base is where a LoRA run's memory is: adapters, posteriors and heads are a hundredth of it. So only
-frozen parameters are sharded (FSDP2, `torch.distributed.fsdp.fully_shard`), layer by layer, and
-gathered when a layer is called. Trained parameters are ordinary tensors, whose gradients DDP
+The base is where a LoRA run's memory is: adapters, posteriors and heads are a hundredth of it. So
+only frozen parameters are sharded (FSDP2, `torch.distributed.fsdp.fully_shard`), layer by layer,
+and gathered when a layer is called. Trained parameters are ordinary tensors, whose gradients DDP
 synchronises as it does without FSDP; optimizers, KL terms, states and adapter files do not change.
 """
 

@@ -1,7 +1,7 @@
 """Several command lines on every rank of one process group: `torchrun tests/ranks.py CASES.json`.
 
-A case is {"flags": [...], "fsdp": bool}. Starting a process costs ten seconds of imports, a tiny run a
-tenth of one.
+A case is {"flags": [...], "fsdp": bool}. Starting a process costs ten seconds of imports, a tiny
+run a tenth of one.
 """
 
 import json

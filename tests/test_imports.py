@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("dataset", "modelwrappers", "utils")
 ALLOWED = {"main": set(ROOMS), "dataset": {"utils"}, "modelwrappers": {"utils"}, "utils": set()}
-SHARED_METHOD_PARTS = {"wrapperbase", "stochastic_lora"}
-NOT_METHODS = {"__init__", "wrapperbase", "backbone", "stochastic_lora", "model_card"}
+SHARED_METHOD_PARTS = {"wrapperbase", "stochastic_lora", "sharding"}
+NOT_METHODS = {"__init__", "wrapperbase", "backbone", "stochastic_lora", "model_card", "sharding"}
 LAZY = {"bitsandbytes", "wandb", "laplace", "matplotlib"}
 FILES = [
     ROOT / "main.py",

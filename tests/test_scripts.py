@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import main
+from dataset import DATASETS
 
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
 SWEEPS = [script for script in SCRIPTS if script.parent.name != "scripts"]
@@ -176,3 +178,13 @@ def test_the_table_prints_means_over_seeds(tmp_path):
     raw, scaled = output.splitlines()[2:]
     assert "0.600 ± 0.141" in raw and "| 2 " in raw and "1.000 ± 0.000" in raw
     assert "map (scaled)" in scaled and "0.800 ± 0.000" in scaled
+
+
+def test_the_list_of_tasks_renders_every_example(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tasks.py"])
+    runpy.run_path(str(ROOT / "scripts/tasks.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    for kind, cls in DATASETS.items():
+        for name in cls.tasks:
+            assert f"## {name} ({kind})\n" in output
+    assert "A) a planet\nB) a moon\nC) a comet\nD) a star\nAnswer: D\n" in output
