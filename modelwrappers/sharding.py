@@ -8,6 +8,8 @@ synchronises as it does without FSDP; optimizers, KL terms, states and adapter f
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
 from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
@@ -48,14 +50,14 @@ def check_sharding(args) -> None:
 def shard_base(
     model: PreTrainedModel, whole: set[nn.Parameter], device: torch.device, num_processes: int
 ) -> None:
-    """Shard all parameters of `model` but those in `whole`, and move them to `device`.
+    """Shard all parameters of `model` but those in `whole`, and move all to `device`.
 
     Each layer that transformers does not split between devices is one unit that is gathered at
     once; what lies outside of them (embedding, last norm, head) is one more.
     """
-    names: dict[nn.Parameter, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter] = names.get(parameter, 0) + 1
+    for parameter in whole:  # the others move layer by layer, as they are sharded
+        parameter.data = parameter.data.to(device)
+    names = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = {parameter for parameter, number in names.items() if number > 1}
     mesh = init_device_mesh(device.type, (num_processes,))
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]

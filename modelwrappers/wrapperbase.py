@@ -340,11 +340,12 @@ class WrapperBase(PeftModel):
     def settle(self) -> None:
         """Move to this process's device; with FSDP the frozen base in parts."""
         accelerator = self.accelerator
-        if shards_base(accelerator):
-            whole = {parameter for _, parameter in self.state_parameters()}
-            shard_base(self.get_base_model(), whole, accelerator.device, accelerator.num_processes)
-            self._is_sharded = True
-        self.to(accelerator.device)
+        if not shards_base(accelerator):
+            self.to(accelerator.device)
+            return
+        whole = {parameter for _, parameter in self.state_parameters()}
+        shard_base(self.get_base_model(), whole, accelerator.device, accelerator.num_processes)
+        self._is_sharded = True
 
     # --- preparing --------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 #   MODEL           hub id, local folder or embedded alias
 #   DATASETS SEEDS  lists separated by spaces
 #   NUM_PROCESSES   processes of one run (default: the GPUs that nvidia-smi lists, at least 1)
+#   LAUNCH_CONFIG   accelerate's, for several processes, e.g. configs/accelerate/fsdp.yaml
 #   QUANTIZATION    none, 8bit or 4bit        DATA_DIR   folder of folders with local rows
 #   STEPS           optimizer updates         OUTPUT_DIR where the runs are kept (checkpoints)
 #   EXTRA           further flags for every run
@@ -30,7 +31,8 @@ folder() {
 run() {
     local dataset="$1" command=("$PYTHON_BIN")
     shift
-    ((NUM_PROCESSES == 1)) || command+=(-m accelerate.commands.launch --num_processes "$NUM_PROCESSES")
+    ((NUM_PROCESSES == 1)) || command+=(-m accelerate.commands.launch
+        ${LAUNCH_CONFIG:+--config_file "$LAUNCH_CONFIG"} --num_processes "$NUM_PROCESSES")
     command+=(main.py --dataset "$dataset" --model "$MODEL" --quantization "$QUANTIZATION" "$@" --resume)
     [[ -z "${DATA_DIR:-}" ]] || command+=(--data-dir "$DATA_DIR")
     [[ -z "${OUTPUT_DIR:-}" ]] || command+=(--output-dir "$OUTPUT_DIR")

@@ -88,12 +88,13 @@ def test_the_environment_overrides():
 def test_several_processes_are_launched_by_accelerate():
     result = subprocess.run(
         ["bash", str(ROOT / "scripts/map/map-llama-all.sh")],
-        env=os.environ | {"DRY_RUN": "1", "NUM_PROCESSES": "4"},
+        env=os.environ | {"DRY_RUN": "1", "NUM_PROCESSES": "4", "LAUNCH_CONFIG": "my fsdp.yaml"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "accelerate.commands.launch --num_processes 4 main.py" in result.stdout
+    launch = r"accelerate.commands.launch --config_file my\ fsdp.yaml --num_processes 4 main.py"
+    assert launch in result.stdout
     assert "--gpu_ids" not in result.stdout and "--main_process_port" not in result.stdout
 
 

@@ -11,7 +11,12 @@ from conftest import ROOT, run_folder
 import main
 
 pytestmark = pytest.mark.slow
-COMMON = "--dataset bbc_headlines --max-train-steps 40 --batch-size 8 --lr 5e-4 --nowand"
+COMMON = "--dataset bbc_headlines --eval-per-steps 0 --nowand"
+# Long enough to be far above chance, short enough for about a minute on two cores.
+LENGTH = {
+    "smollm2-135m": "--max-train-steps 24 --batch-size 4 --lr 1e-3 --limit-eval 100",
+    "minilm-l6": "--max-train-steps 40 --batch-size 8 --lr 5e-4 --limit-eval 100",
+}
 
 
 @pytest.mark.parametrize(
@@ -25,13 +30,14 @@ def test_embedded_models_learn_headlines(kind, model, method, extra, tmp_path):
     """Chance is 0.2 on the five topics."""
     flags = [
         *f"--dataset-type {kind} --model {model} --modelwrapper {method} {COMMON} {extra}".split(),
-        *("--limit-eval", "200", "--output-dir", str(tmp_path)),
+        *LENGTH[model].split(),
+        *("--output-dir", str(tmp_path)),
     ]
     assert main.main(flags).acc >= 0.55
     block = json.loads((run_folder(flags) / "metrics.json").read_text())["datasets"][
         "bbc_headlines"
     ]
-    assert block["n_examples"] == 200
+    assert block["n_examples"] == 100
 
 
 @pytest.fixture(scope="module")
