@@ -89,8 +89,8 @@ def build_accelerator(args: Args) -> Accelerator:
     """This process's device and its neighbours.
 
     Raises:
-        UsageError: no GPU where one was asked for, or fp16 autocast, whose scaled gradients do not
-            mix with gradients of a KL term.
+        UsageError: no GPU where one was asked for; fp16 autocast, whose scaled gradients do not
+            mix with gradients of a KL term; a quantised base under FSDP.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
@@ -106,7 +106,7 @@ def build_accelerator(args: Args) -> Accelerator:
             "mixed precision fp16 scales the loss, which the two-optimizer methods cannot undo; "
             "launch with --mixed_precision bf16 or no."
         )
-    if shards_base(accelerator):
+    if shards_base(accelerator):  # before any data are read
         check_sharding(args)
     return accelerator
 

@@ -19,7 +19,7 @@ from modelwrappers.blob import BLoB
 from modelwrappers.deepensemble import DeepEnsemble
 from modelwrappers.map import MAP
 from modelwrappers.mcdropout import MCDropout
-from modelwrappers.sharding import shards_base
+from modelwrappers.sharding import check_sharding, shards_base
 from modelwrappers.tfb import TFB
 from modelwrappers.wrapperbase import BASE_MODEL_FLAGS, WrapperBase
 from utils.args import build_parser, finish
@@ -56,7 +56,9 @@ def get_wrapper(name: str) -> type[WrapperBase]:
 
 def build_wrapper(args, num_labels: int, accelerator) -> WrapperBase:
     """Base model, LoRA layers and method, as the flags say; with --load-lora-path's weights."""
-    model = load_model(args, num_labels, accelerator.device, shards_base(accelerator))
+    if is_sharded := shards_base(accelerator):
+        check_sharding(args)
+    model = load_model(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
     wrapper = get_wrapper(args.modelwrapper)(model, lora_config(args, model), args, accelerator)
     if args.load_lora_path is not None:
         wrapper.load_adapter_weights(adapter_folder(args))
