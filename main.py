@@ -25,6 +25,7 @@ from accelerate.utils import set_seed
 
 from dataset import build_dataset
 from modelwrappers import build_wrapper, get_wrapper
+from modelwrappers.sharding import check_sharding, shards_base
 from utils.args import Args, build_parser, finish, first_pass
 from utils.checkpoint import RunFolder, run_folder_path, write_json
 from utils.errors import RunError, UsageError
@@ -88,8 +89,8 @@ def build_accelerator(args: Args) -> Accelerator:
     """This process's device and its neighbours.
 
     Raises:
-        UsageError: no GPU where one was asked for, or fp16 autocast, whose scaled gradients do not
-            mix with gradients of a KL term.
+        UsageError: no GPU where one was asked for; fp16 autocast, whose scaled gradients do not
+            mix with gradients of a KL term; a quantised base under FSDP.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
@@ -105,6 +106,8 @@ def build_accelerator(args: Args) -> Accelerator:
             "mixed precision fp16 scales the loss, which the two-optimizer methods cannot undo; "
             "launch with --mixed_precision bf16 or no."
         )
+    if shards_base(accelerator):  # before any data are read
+        check_sharding(args)
     return accelerator
 
 

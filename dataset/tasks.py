@@ -39,6 +39,8 @@ class Task:
         published: where the published runs differ: flag name -> fields of the record to replace.
             "choice_format" for text_first, "boolq_tokens" for swapped.
         eos_published: whether they append end-of-text to the prompt (--append-eos).
+        example: a row in the source's schema, written by hand: documentation (`scripts/tasks.py`
+            renders it), and what the golden tests render.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Task:
     label: Callable[[Row], int]
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     eos_published: bool = False
+    example: Row | None = None
 
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -198,6 +201,11 @@ def sentences(*keys: str) -> Callable[[Row], tuple[str, ...]]:
 # --- the records ----------------------------------------------------------------------------------
 
 
+def _lettered(*texts: str) -> dict[str, list[str]]:
+    """The column `choices` of ARC, OBQA and CommonsenseQA."""
+    return {"text": list(texts), "label": list(LETTERS[: len(texts)])}
+
+
 def _winogrande(size: str) -> Task:
     name = f"winogrande_{size}"
     return Task(
@@ -209,10 +217,16 @@ def _winogrande(size: str) -> Task:
         prompt=winogrande_prompt,
         label=letter_or_number("answer"),
         eos_published=True,
+        example={
+            "sentence": "Ann lent Eve a ladder because _ had to paint a wall.",
+            "option1": "Ann",
+            "option2": "Eve",
+            "answer": "2",
+        },
     )
 
 
-def _arc(name: str) -> Task:
+def _arc(name: str, example: Row) -> Task:
     return Task(
         name=name,
         source=Hub("allenai/ai2_arc", name),
@@ -222,6 +236,7 @@ def _arc(name: str) -> Task:
         prompt=arc_prompt,
         label=letter_or_number("answerKey"),
         published={"choice_format": {"prompt": text_first("question")}},
+        example=example,
     )
 
 
@@ -234,10 +249,17 @@ def _mmlu(name: str, *subjects: str) -> Task:
         choices=LETTERS[:4],
         prompt=mmlu_prompt,
         label=zero_based("answer"),
+        example={
+            "question": f"Which of these belongs to {subjects[0].replace('_', ' ')}?",
+            "subject": subjects[0],
+            "choices": ["a recipe", "a song", "a map of the sea", "this question"],
+            "answer": 3,
+        },
     )
 
 
-def _super_glue(name: str, keys: tuple[str, ...], choices: tuple[str, ...], **other) -> Task:
+def _super_glue(name: str, choices: tuple[str, ...], example: Row, **other) -> Task:
+    keys = tuple(key for key in example if key != "label")
     return Task(
         name=name,
         source=Hub("aps/super_glue", name),
@@ -245,11 +267,14 @@ def _super_glue(name: str, keys: tuple[str, ...], choices: tuple[str, ...], **ot
         columns=(*keys, "label"),
         choices=choices,
         label=class_index(len(choices)),
+        example=example,
         **({"prompt": sentences(*keys)} | other),
     )
 
 
-def _bbc(name: str, text: str, as_prompt: Callable[[Row], Prompt | tuple[str, ...]]) -> Task:
+def _bbc(
+    name: str, text: str, as_prompt: Callable[[Row], Prompt | tuple[str, ...]], example: Row
+) -> Task:
     return Task(
         name=name,
         source=BBCNews(text),
@@ -258,10 +283,12 @@ def _bbc(name: str, text: str, as_prompt: Callable[[Row], Prompt | tuple[str, ..
         choices=TOPICS,
         prompt=as_prompt,
         label=topic,
+        example=example,
     )
 
 
-def _glue(name: str, keys: tuple[str, ...], choices: tuple[str, ...]) -> Task:
+def _glue(name: str, choices: tuple[str, ...], example: Row) -> Task:
+    keys = tuple(key for key in example if key != "label")
     return Task(
         name=name,
         source=Hub("nyu-mll/glue", name),
@@ -270,6 +297,7 @@ def _glue(name: str, keys: tuple[str, ...], choices: tuple[str, ...]) -> Task:
         choices=choices,
         prompt=sentences(*keys),
         label=class_index(len(choices)),
+        example=example,
     )
 
 
@@ -277,12 +305,29 @@ def _by_name(*tasks: Task) -> dict[str, Task]:
     return {task.name: task for task in tasks}
 
 
+BBC_HEADLINE = {"text": "Airline profit rises", "topic": "business"}
+BBC_BODY = {"text": "The match ended in a draw after extra time.", "topic": "sports"}
+
 MULTIPLE_CHOICE_TASKS = _by_name(
-    _bbc("bbc_headlines", "headline", bbc_prompt),
-    _bbc("bbc_bodies", "body", bbc_prompt),
+    _bbc("bbc_headlines", "headline", bbc_prompt, BBC_HEADLINE),
+    _bbc("bbc_bodies", "body", bbc_prompt, BBC_BODY),
     *(_winogrande(size) for size in ("xs", "s", "m", "l", "xl")),
-    _arc("ARC-Challenge"),
-    _arc("ARC-Easy"),
+    _arc(
+        "ARC-Challenge",
+        {  # some rows number their choices
+            "question": "Which is hot?",
+            "choices": {"text": ["ice", "fire", "snow"], "label": ["1", "2", "3"]},
+            "answerKey": "2",
+        },
+    ),
+    _arc(
+        "ARC-Easy",
+        {  # a few rows have five choices
+            "question": "Which one can fly?",
+            "choices": _lettered("a stone", "a fish", "a tree", "a chair", "a gull"),
+            "answerKey": "E",
+        },
+    ),
     Task(
         name="obqa",
         source=Hub("allenai/openbookqa", "main"),
@@ -292,6 +337,11 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         prompt=obqa_prompt,
         label=letter_or_number("answerKey"),
         published={"choice_format": {"prompt": text_first("question_stem")}},
+        example={
+            "question_stem": "The sun is",
+            "choices": _lettered("a planet", "a moon", "a comet", "a star"),
+            "answerKey": "D",
+        },
     ),
     Task(
         name="boolq",
@@ -303,6 +353,7 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         label=boolean_answer("answer"),
         published={"boolq_tokens": {"choices": ("False", "True")}},
         eos_published=True,
+        example={"passage": "Water is wet.", "question": "is water wet", "answer": True},
     ),
     _mmlu("chem", "college_chemistry"),
     _mmlu("phy", "college_physics"),
@@ -334,6 +385,11 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         choices=LETTERS,
         prompt=commonsense_qa_prompt,
         label=letter_or_number("answerKey"),
+        example={
+            "question": "Where does a book stand?",
+            "choices": _lettered("oven", "shelf", "pond", "engine", "cloud"),
+            "answerKey": "B",
+        },
     ),
     Task(
         name="sciq",
@@ -343,6 +399,13 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         choices=LETTERS[:4],
         prompt=sciq_prompt,
         label=sciq_label,
+        example={
+            "question": "What do plants take from the air?",
+            "correct_answer": "carbon dioxide",
+            "distractor1": "oxygen",
+            "distractor2": "helium",
+            "distractor3": "steam",
+        },
     ),
     Task(
         name="hellaswag",
@@ -352,23 +415,69 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         choices=LETTERS[:4],
         prompt=hellaswag_prompt,
         label=zero_based("label"),
+        example={
+            "ctx": "A man sits down at a piano. He",
+            "endings": ["eats it.", "swims away.", "begins to play.", "melts."],
+            "label": "2",
+        },
     ),
 )
 
 CLASSIFICATION_TASKS = _by_name(
-    _bbc("bbc_headlines", "headline", sentences("text")),
-    _bbc("bbc_bodies", "body", sentences("text")),
-    _glue("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment")),
-    _glue("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
-    _glue("cola", ("sentence",), ("unacceptable", "acceptable")),
-    _glue("sst2", ("sentence",), ("negative", "positive")),
-    _glue("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
-    _glue("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment")),
-    _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
-    _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate")),
-    _super_glue("wic", ("word", "sentence1", "sentence2"), ("False", "True"), prompt=wic_sentences),
-    _super_glue("boolq", ("question", "passage"), ("False", "True")),
-    _super_glue("cb", ("premise", "hypothesis"), ("entailment", "contradiction", "neutral")),
+    _bbc("bbc_headlines", "headline", sentences("text"), BBC_HEADLINE),
+    _bbc("bbc_bodies", "body", sentences("text"), BBC_BODY),
+    _glue(
+        "rte",
+        ("entailment", "not_entailment"),
+        {"sentence1": "Al owns two dogs.", "sentence2": "Al owns a dog.", "label": 0},
+    ),
+    _glue(
+        "mrpc",
+        ("not_equivalent", "equivalent"),
+        {"sentence1": "It rained all day.", "sentence2": "All day it rained.", "label": 1},
+    ),
+    _glue("cola", ("unacceptable", "acceptable"), {"sentence": "Dog the barks.", "label": 0}),
+    _glue("sst2", ("negative", "positive"), {"sentence": "a warm and funny film", "label": 1}),
+    _glue(
+        "mnli",
+        ("entailment", "neutral", "contradiction"),
+        {"premise": "Nobody came.", "hypothesis": "The room was full.", "label": 2},
+    ),
+    _glue(
+        "wnli",
+        ("not_entailment", "entailment"),
+        {
+            "sentence1": "Eve thanked Ann because she had helped.",
+            "sentence2": "Ann had helped.",
+            "label": 1,
+        },
+    ),
+    _glue(
+        "qnli",
+        ("entailment", "not_entailment"),
+        {"question": "Who won?", "sentence": "The home team won.", "label": 0},
+    ),
+    _glue(
+        "qqp",
+        ("not_duplicate", "duplicate"),
+        {"question1": "How far is it?", "question2": "What is the distance?", "label": 1},
+    ),
+    _super_glue(
+        "wic",
+        ("False", "True"),
+        {"word": "bank", "sentence1": "A bank lends.", "sentence2": "The bank is wet.", "label": 0},
+        prompt=wic_sentences,
+    ),
+    _super_glue(
+        "boolq",
+        ("False", "True"),
+        {"question": "is water wet", "passage": "Water is wet.", "label": 1},
+    ),
+    _super_glue(
+        "cb",
+        ("entailment", "contradiction", "neutral"),
+        {"premise": "I doubt that he came.", "hypothesis": "He came.", "label": 1},
+    ),
     Task(
         name="imdb",
         source=Hub("stanfordnlp/imdb"),
@@ -377,6 +486,7 @@ CLASSIFICATION_TASKS = _by_name(
         choices=("negative", "positive"),
         prompt=sentences("text"),
         label=class_index(2),
+        example={"text": "I would see it again.", "label": 1},
     ),
     Task(
         name="ag_news",
@@ -386,5 +496,6 @@ CLASSIFICATION_TASKS = _by_name(
         choices=("World", "Sports", "Business", "Sci/Tech"),
         prompt=sentences("text"),
         label=class_index(4),
+        example={"text": "Late goal decides the final", "label": 1},
     ),
 )

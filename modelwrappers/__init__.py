@@ -20,6 +20,7 @@ from modelwrappers.deepensemble import DeepEnsemble
 from modelwrappers.laplace import Laplace
 from modelwrappers.map import MAP
 from modelwrappers.mcdropout import MCDropout
+from modelwrappers.sharding import check_sharding, shards_base
 from modelwrappers.tfb import TFB
 from modelwrappers.wrapperbase import BASE_MODEL_FLAGS, WrapperBase
 from utils.args import build_parser, finish
@@ -57,11 +58,13 @@ def get_wrapper(name: str) -> type[WrapperBase]:
 
 def build_wrapper(args, num_labels: int, accelerator) -> WrapperBase:
     """Base model, LoRA layers and method, as the flags say; with --load-lora-path's weights."""
-    model = load_model(args, num_labels, accelerator.device)
+    if is_sharded := shards_base(accelerator):
+        check_sharding(args)
+    model = load_model(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
     wrapper = get_wrapper(args.modelwrapper)(model, lora_config(args, model), args, accelerator)
-    wrapper.to(accelerator.device)
     if args.load_lora_path is not None:
         wrapper.load_adapter_weights(adapter_folder(args))
+    wrapper.settle()
     return wrapper
 
 

@@ -50,13 +50,16 @@ ATTENTION_PROJECTIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
+def load_model(
+    args, num_labels: int, device: torch.device, stay_on_cpu: bool = False
+) -> PreTrainedModel:
     """The frozen base model on `device`, in the class that --model-type asks for.
 
     Args:
         args: parsed flags.
         num_labels: C, for a classification head.
         device: where this process computes.
+        stay_on_cpu: leave it there: the device has room for a part of it only.
     Raises:
         UsageError: the model cannot be found, has no weights, or cannot be quantised here.
     """
@@ -95,7 +98,7 @@ def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
             "It must be a hub id (with network access or a filled cache), a folder with "
             "config.json and model.safetensors, or an embedded model: smollm2-135m, minilm-l6."
         ) from None
-    if args.quantization == "none":
+    if args.quantization == "none" and not stay_on_cpu:
         model.to(device)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _first(model.config.eos_token_id) or 0

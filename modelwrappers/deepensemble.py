@@ -145,12 +145,13 @@ class DeepEnsemble(WrapperBase):
         rows = batch["input_ids"].shape[0]
         most = max(1, self.args.eval_batch_size // rows)
         members, parts = self._ready(), []
-        for start in range(0, len(members), most):
-            names = members[start : start + most]
-            stacked = {key: torch.cat([value] * len(names)) for key, value in batch.items()}
-            adapter_names = [name for name in names for _ in range(rows)]
-            logits = self._batch_logits(stacked, adapter_names=adapter_names)  # (M*B, C)
-            parts.append(logits.unflatten(0, (len(names), rows)))
+        with self._in_step(-(-len(members) // most), batch):
+            for start in range(0, len(members), most):
+                names = members[start : start + most]
+                stacked = {key: torch.cat([value] * len(names)) for key, value in batch.items()}
+                adapter_names = [name for name in names for _ in range(rows)]
+                logits = self._batch_logits(stacked, adapter_names=adapter_names)  # (M*B, C)
+                parts.append(logits.unflatten(0, (len(names), rows)))
         return torch.cat(parts).transpose(0, 1)  # (B, M, C)
 
     # --- members ----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from modelwrappers.lora_curvature import (
     Tape,
     softmax_hessian_root,
 )
+from modelwrappers.sharding import shards_base
 from modelwrappers.wrapperbase import Batch, WrapperBase, peak_memory
 from utils.args import count, positive_float
 from utils.checkpoint import read_json, read_tensors, write_tensors
@@ -75,6 +76,12 @@ class Laplace(WrapperBase):
             raise UsageError(
                 "Laplace needs the Jacobian of each example, but this DeBERTa sends one table of "
                 "positions for all of them through its adapted layers; choose another model."
+            )
+        if shards_base(accelerator):
+            raise UsageError(
+                "Laplace takes the gradients of each row by itself, and processes that gather one "
+                "base together would wait for each other; launch it without FSDP, e.g. with "
+                "configs/accelerate/ddp.yaml."
             )
         self._head = f"base_model.model.{head[0]}" if head else None
         self.posterior = None  # of laplace-torch; None while the adapter is a point estimate

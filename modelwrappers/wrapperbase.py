@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,10 +27,13 @@ from huggingface_hub import HfApi
 from jaxtyping import Float, Int
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelwrappers.model_card import model_card
+from modelwrappers.sharding import shard_base, sharded_names, shards_base
 from utils.checkpoint import (
     RunFolder,
     read_tensors,
@@ -133,6 +136,7 @@ class WrapperBase(PeftModel):
         self._loss_weight = 1.0
         self._resumed = False
         self._wandb_logger = None
+        self._is_sharded = False
         self._trained_base_layers = self._train_head_under_lora(head_roots)
 
     # --- hooks ------------------------------------------------------------------------------------
@@ -233,12 +237,13 @@ class WrapperBase(PeftModel):
         if self._shares_positions:
             most = 1
         slices = []
-        for start in range(0, num_draws, most):
-            draws = min(most, num_draws - start)
-            stacked = {key: torch.cat([value] * draws) for key, value in batch.items()}  # (N*B, T)
-            with self.sampling(draws):
-                logits = self._batch_logits(stacked)  # (N*B, C)
-            slices.append(logits.unflatten(0, (draws, rows)))
+        with self._in_step(-(-num_draws // most), batch):
+            for start in range(0, num_draws, most):
+                draws = min(most, num_draws - start)
+                stacked = {key: torch.cat([value] * draws) for key, value in batch.items()}
+                with self.sampling(draws):
+                    logits = self._batch_logits(stacked)  # (N*B, C)
+                slices.append(logits.unflatten(0, (draws, rows)))
         return torch.cat(slices).transpose(0, 1)  # (B, N, C)
 
     def _batch_logits(self, batch: Batch, **kwargs) -> Float[Tensor, "B C"]:
@@ -248,6 +253,23 @@ class WrapperBase(PeftModel):
         # `adapter_names` are understood by PeftModel.forward only.
         model = super().forward if "adapter_names" in kwargs else self.base_model
         return self.class_logits(model(**batch, **kwargs))
+
+    @contextmanager
+    def _in_step(self, forwards: int, batch: Batch) -> Iterator[None]:
+        """Context of `forwards` forwards, as many as the process with the most runs.
+
+        A sharded base is gathered by all processes together, but how many draws are stacked at once
+        depends on a batch's rows, and the last batch has fewer.
+        """
+        missing = 0
+        if self._is_sharded and not self.training:
+            most = torch.tensor(forwards, device=self.accelerator.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            missing = int(most) - forwards
+        yield
+        for _ in range(missing):
+            with self.sampling(0):
+                self._batch_logits(batch)
 
     def class_logits(self, output) -> Float[Tensor, "B C"]:
         """The logits of the C classes in a model's output.
@@ -320,6 +342,16 @@ class WrapperBase(PeftModel):
             for name in self._trained_base_layers
             for key, value in self.get_submodule(name).state_dict().items()
         }
+
+    def settle(self) -> None:
+        """Move to this process's device; with FSDP the frozen base in parts."""
+        accelerator = self.accelerator
+        if not shards_base(accelerator):
+            self.to(accelerator.device)
+            return
+        whole = {parameter for _, parameter in self.state_parameters()}
+        shard_base(self.get_base_model(), whole, accelerator.device, accelerator.num_processes)
+        self._is_sharded = True
 
     # --- preparing --------------------------------------------------------------------------------
 
@@ -423,7 +455,11 @@ class WrapperBase(PeftModel):
         """What `training_logits` goes through: with several processes DDP, over what trains now."""
         view: nn.Module = _TrainingView(self)
         if self.accelerator.num_processes > 1:
-            view = self.accelerator.prepare(view)
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                view, sharded_names(view)
+            )
+            device = self.accelerator.device
+            view = DistributedDataParallel(view, [device] if device.type == "cuda" else None)
         # Around nn.Module's bookkeeping: the view holds the wrapper, not the other way round.
         self.__dict__["_view"] = view
 
@@ -459,7 +495,8 @@ class WrapperBase(PeftModel):
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             self._loss_weight = len(batch["labels"]) / num_rows
             is_last = position == len(batches) - 1
-            synchronise = nullcontext() if is_last else self.accelerator.no_sync(self._view)
+            no_sync = getattr(self._view, "no_sync", nullcontext)
+            synchronise = nullcontext() if is_last else no_sync()
             with synchronise:
                 values = self.training_step(batch)
             for key, value in values.items():
@@ -755,6 +792,11 @@ class WrapperBase(PeftModel):
         if extra:
             file = Path(save_directory) / ADAPTER_FILE
             write_tensors(file, read_tensors(file, "adapter") | extra, {"format": "pt"})
+
+    def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
+        """What PEFT writes into adapter_config.json: not the subclass that FSDP makes of it."""
+        cls = super()._get_base_model_class(is_prompt_tuning)
+        return next(base for base in cls.__mro__ if not issubclass(base, FSDPModule))
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token=None, **kwargs) -> str:
         """Send adapter, posterior and model card to a hub repo, made if it does not exist.

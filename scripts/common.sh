@@ -4,8 +4,10 @@
 #   MODEL           hub id, local folder or embedded alias
 #   DATASETS SEEDS  lists separated by spaces
 #   NUM_PROCESSES   processes of one run (default: the GPUs that nvidia-smi lists, at least 1)
+#   LAUNCH_CONFIG   accelerate's, for several processes, e.g. configs/accelerate/fsdp.yaml
 #   QUANTIZATION    none, 8bit or 4bit        DATA_DIR   folder of folders with local rows
-#   STEPS           optimizer updates         EXTRA      further flags for every run
+#   STEPS           optimizer updates         OUTPUT_DIR where the runs are kept (checkpoints)
+#   EXTRA           further flags for every run
 #   DRY_RUN=1       print the commands only
 # A finished run is skipped, an interrupted one is resumed.
 set -euo pipefail
@@ -22,16 +24,18 @@ NUM_PROCESSES="${NUM_PROCESSES:-$({ nvidia-smi --list-gpus 2>/dev/null || true; 
 folder() {
     local model="$MODEL"
     [[ ! -d "$model" ]] || model="$(basename "$(realpath "$model")")"
-    echo "checkpoints/$1/$model/$2/$3"
+    echo "${OUTPUT_DIR:-checkpoints}/$1/$model/$2/$3"
 }
 
 # run DATASET FLAGS...: one run, launched, resumed or skipped; prints it with DRY_RUN.
 run() {
     local dataset="$1" command=("$PYTHON_BIN")
     shift
-    ((NUM_PROCESSES == 1)) || command+=(-m accelerate.commands.launch --num_processes "$NUM_PROCESSES")
+    ((NUM_PROCESSES == 1)) || command+=(-m accelerate.commands.launch
+        ${LAUNCH_CONFIG:+--config_file "$LAUNCH_CONFIG"} --num_processes "$NUM_PROCESSES")
     command+=(main.py --dataset "$dataset" --model "$MODEL" --quantization "$QUANTIZATION" "$@" --resume)
-    [[ -z "${DATA_DIR:-}" ]] || command+=(--data-dir "$DATA_DIR/$dataset")
+    [[ -z "${DATA_DIR:-}" ]] || command+=(--data-dir "$DATA_DIR")
+    [[ -z "${OUTPUT_DIR:-}" ]] || command+=(--output-dir "$OUTPUT_DIR")
     # shellcheck disable=SC2206  # EXTRA is a list of flags
     command+=(${EXTRA:-})
     if [[ -n "${DRY_RUN:-}" ]]; then
@@ -45,18 +49,24 @@ run() {
 llama_settings() {
     MODEL="${MODEL:-meta-llama/Llama-2-7b-hf}"
     QUANTIZATION="${QUANTIZATION:-8bit}"
-    COMMON=(--dataset-type mcdataset --model-type causallm --apply-classhead-lora --lora-r 8
-        --lora-alpha 16 --lr 1e-4 --batch-size 4 --warmup-ratio 0.06 --max-seq-len 300
+    DATA=(--dataset-type mcdataset --max-seq-len 300)
+    COMMON=("${DATA[@]}" --model-type causallm --apply-classhead-lora --lora-r 8 --lora-alpha 16
+        --lr 1e-4 --batch-size 4 --warmup-ratio 0.06
         --max-train-steps "$STEPS" --eval-per-steps 0 --checkpoint)
 }
 
 roberta_settings() {
     MODEL="${MODEL:-FacebookAI/roberta-base}"
     QUANTIZATION="${QUANTIZATION:-none}"
-    COMMON=(--dataset-type bertds --model-type seqcls --apply-classhead-lora --lora-r 8
-        --lora-alpha 8 --lr 5e-4 --batch-size 32 --warmup-ratio 0.06 --max-seq-len 256
+    DATA=(--dataset-type bertds --max-seq-len 256)
+    COMMON=("${DATA[@]}" --model-type seqcls --apply-classhead-lora --lora-r 8 --lora-alpha 8
+        --lr 5e-4 --batch-size 32 --warmup-ratio 0.06
         --max-train-steps "$STEPS" --eval-per-steps 0 --checkpoint)
 }
+
+LLAMA_DATASETS="winogrande_s ARC-Challenge ARC-Easy winogrande_m obqa boolq"
+ROBERTA_DATASETS="rte mrpc wic cola boolq"
+SHIFTED_DATASETS="ARC-Challenge ARC-Easy MMLU-chem MMLU-phy"
 
 # sweep METHOD FLAGS...: every data set and seed, with the settings chosen before.
 sweep() {
@@ -73,13 +83,13 @@ sweep() {
 
 llama_all() { # METHOD FLAGS...
     llama_settings
-    DATASETS="${DATASETS:-winogrande_s ARC-Challenge ARC-Easy winogrande_m obqa boolq}"
+    DATASETS="${DATASETS:-$LLAMA_DATASETS}"
     sweep "$@"
 }
 
 roberta_all() { # METHOD FLAGS...
     roberta_settings
-    DATASETS="${DATASETS:-rte mrpc wic cola boolq}"
+    DATASETS="${DATASETS:-$ROBERTA_DATASETS}"
     sweep "$@"
 }
 
@@ -87,7 +97,7 @@ roberta_all() { # METHOD FLAGS...
 llama_ood_all() { # METHOD FLAGS...
     local method="$1" shifted source="${SOURCE:-obqa}" seed name
     llama_settings
-    shifted="${DATASETS:-ARC-Challenge ARC-Easy MMLU-chem MMLU-phy}"
+    shifted="${DATASETS:-$SHIFTED_DATASETS}"
     DATASETS="$source" sweep "$@"
     shift
     STEPS=0 llama_settings
@@ -102,17 +112,41 @@ llama_ood_all() { # METHOD FLAGS...
     done
 }
 
-# TFB makes the adapters of another method's sweep (BASE, default mle) Bayesian.
-tfb_all() { # FLAGS...
-    local dataset seed name base="${BASE:-mle}"
+# post_hoc METHOD BASE FLAGS...: METHOD on the adapters that BASE's sweep left, with the settings
+# chosen before.
+post_hoc() {
+    local method="$1" base="${BASE:-$2}" dataset seed name
+    shift 2
     for dataset in $DATASETS; do
         for seed in $SEEDS; do
             name="$base-$dataset-seed$seed"
-            run "$dataset" --modelwrapper tfb --dataset-type "$DATASET_TYPE" --max-seq-len "$LENGTH" \
-                --load-lora-path "$(folder "$base" "$dataset" "$name")" --seed "$seed" \
-                --log-path "tfb-$name" --wandb-name "tfb-$name" --checkpoint "$@"
+            run "$dataset" --modelwrapper "$method" "${DATA[@]}" --seed "$seed" \
+                --load-lora-path "$(folder "$base" "$dataset" "$name")" \
+                --log-path "$method-$name${SUFFIX:-}" --wandb-name "$method-$name${SUFFIX:-}" \
+                --checkpoint "$@"
         done
     done
+}
+
+llama_post_hoc() { # METHOD BASE FLAGS...
+    llama_settings
+    DATASETS="${DATASETS:-$LLAMA_DATASETS}"
+    post_hoc "$@"
+}
+
+roberta_post_hoc() { # METHOD BASE FLAGS...
+    roberta_settings
+    DATASETS="${DATASETS:-$ROBERTA_DATASETS}"
+    post_hoc "$@"
+}
+
+# The posterior is fitted on SOURCE's rows and evaluated on DATASETS in the same run: a block for each
+# in its metrics.json.
+llama_ood_post_hoc() { # METHOD BASE FLAGS...
+    local shifted="${DATASETS:-$SHIFTED_DATASETS}"
+    llama_settings
+    # shellcheck disable=SC2086  # a list of names
+    SUFFIX=-ood DATASETS="${SOURCE:-obqa}" post_hoc "$@" --ood-datasets $shifted
 }
 
 # The published hyper-parameters of BLoB; only the KL's learning rate differs.

@@ -78,8 +78,7 @@ def _save(folder: Path, model, tokenizer) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory) -> str:
+def _llama(folder: Path, **kwargs) -> str:
     tokenizer = byte_level_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -93,9 +92,22 @@ def tiny_llama(tmp_path_factory) -> str:
             max_position_embeddings=512,
             initializer_range=0.1,  # else so small a model tells its inputs hardly apart
             pad_token_id=tokenizer.pad_token_id,
+            **kwargs,
         )
     )
-    return _save(tmp_path_factory.mktemp("models") / "tiny-llama", model, tokenizer)
+    return _save(folder, model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> str:
+    return _llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory) -> str:
+    """Its head is its embedding, as in SmolLM2."""
+    folder = tmp_path_factory.mktemp("models") / "tied-llama"
+    return _llama(folder, tie_word_embeddings=True)
 
 
 def _encoder(config_class, model_class, folder: Path, **kwargs) -> str:

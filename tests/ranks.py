@@ -1,9 +1,11 @@
 """Several command lines on every rank of one process group: `torchrun tests/ranks.py CASES.json`.
 
-Starting a process costs ten seconds of imports, a tiny run a tenth of one.
+A case is {"flags": [...], "fsdp": bool}. Starting a process costs ten seconds of imports, a tiny
+run a tenth of one.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from accelerate.state import PartialState
+from torch.distributed.tensor import DTensor
 
 import main
 from modelwrappers.wrapperbase import WrapperBase
@@ -27,9 +30,22 @@ def fit_and_compare(self, *args, **kwargs):
         assert all(torch.equal(everywhere[0], other) for other in everywhere), name
 
 
-fit, WrapperBase.fit = WrapperBase.fit, fit_and_compare
+def settle_and_look(self):
+    """With FSDP the frozen base is in parts, and nothing else is."""
+    settle(self)
+    if os.environ["ACCELERATE_USE_FSDP"] == "true":
+        whole = {name for name, _ in self.state_parameters()}
+        for name, parameter in self.named_parameters():
+            assert isinstance(parameter, DTensor) == (name not in whole), name
+            if name not in whole and parameter.shape[0] > 1:
+                assert parameter.to_local().numel() < parameter.numel(), name
 
-for flags in json.loads(Path(sys.argv[1]).read_text()):
-    code = main.run(flags)
+
+fit, WrapperBase.fit = WrapperBase.fit, fit_and_compare
+settle, WrapperBase.settle = WrapperBase.settle, settle_and_look
+
+for case in json.loads(Path(sys.argv[1]).read_text()):
+    os.environ["ACCELERATE_USE_FSDP"] = str(case["fsdp"]).lower()
+    code = main.run(case["flags"])
     if code:
         sys.exit(code)

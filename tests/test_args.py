@@ -1,6 +1,7 @@
 """Flags: defaults, checks, messages."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +90,121 @@ def test_a_command_line_of_the_original_parses():
     )
     assert args.opt_wd == 1e-5 and args.apply_classhead_lora and args.checkpoint
     assert args.load_lora_huggingface_repo is None
+
+
+# The spellings that existing command lines use, each with what it has to come to.
+SHARED = {
+    "--max-seq-len 128": {"max_seq_len": 128},
+    "--model-type causallm": {"model_type": "causallm"},
+    "--load-in-8bit": {"quantization": "8bit"},
+    "--load-in-8bit True": {"quantization": "8bit"},
+    "--load-in-8bit False": {"quantization": "none"},
+    "--loss nll": {"loss": "nll"},
+    "--n-epochs 3": {"n_epochs": 3},
+    "--max-train-steps 7": {"max_train_steps": 7},
+    "--eval-per-steps 6000": {"eval_per_steps": 6000},
+    "--eval-steps 0": {"eval_steps": 0},
+    "--early-stop-steps 5": {"early_stop_steps": 5},
+    "--batch-size 2": {"batch_size": 2},
+    "--lr 5e-4": {"lr": 5e-4},
+    "--opt adamw": {"opt": "adamw"},
+    "--opt-wd 0.01": {"opt_wd": 0.01},
+    "--adam-epsilon 1e-8": {"adam_epsilon": 1e-8},
+    "--warmup-ratio 0.06": {"warmup_ratio": 0.06},
+    "--use-slow-tokenizer": {"use_slow_tokenizer": True},
+    "--add-space": {},
+    "--is_s2s": {},
+    "--pad-to-max-length": {"pad_to_max_length": True},
+    "--num-bins 20": {"num_bins": 20},
+    "--bayes-train-n-samples 2": {"bayes_train_n_samples": 2},
+    "--bayes-eval-n-samples 3": {"bayes_eval_n_samples": 3},
+    "--bayes-eval-n-samples-final 4": {"bayes_eval_n_samples_final": 4},
+    "--bayes-inference-notsample": {"bayes_inference_notsample": True},
+    "--lora-r 4": {"lora_r": 4},
+    "--lora-alpha 32": {"lora_alpha": 32},
+    "--lora-dropout 0.1": {"lora_dropout": 0.1},
+    "--apply-classhead-lora": {"apply_classhead_lora": True},
+    "--apply-qkv-head-lora": {"apply_qkv_head_lora": True},
+    "--load-model-path weights": {"load_model_path": "weights"},
+    "--load-lora-path run": {"load_lora_path": "run"},
+    "--load-lora-huggingface-repo a/b --load-lora-path run": {"load_lora_huggingface_repo": "a/b"},
+    "--log-path x": {"log_path": "x"},
+    "--testing-set val": {"testing_set": "val"},
+    "--testing_set test": {"testing_set": "test"},
+    "--testing-set train_val": {"testing_set": "train_val"},
+    "--testing-set train_train_val": {"testing_set": "train_train_val"},
+    "--testing-set train_val_val": {"testing_set": "train_val_val"},
+    "--ood-ori-dataset ARC-Easy": {"ood_ori_dataset": "ARC-Easy"},
+    "--anchor-size 100": {"anchor_size": 100},
+    "--seed 3": {"seed": 3},
+    "--evaluate": {},
+    "--checkpoint --checkpoint-name n": {"checkpoint": True, "checkpoint_name": "n"},
+    "--nowand": {"tracker": "none"},
+    "--wandb-entity e --wandb-project p --wandb-name n": {"tracker": "wandb", "wandb_entity": "e"},
+    "--resume": {"resume": True},
+    "--quantization 4bit": {"quantization": "4bit"},
+    "--dtype bfloat16": {"dtype": "bfloat16"},
+    "--device cpu": {"device": "cpu"},
+    "--data-dir rows": {"data_dir": "rows"},
+    "--tracker tensorboard": {"tracker": "tensorboard"},
+    "--grad-accum-steps 2": {"grad_accum_steps": 2},
+    "--gradient-checkpointing": {"gradient_checkpointing": True},
+    "--eval-batch-size 8": {"eval_batch_size": 8},
+    "--limit-train 10 --limit-eval 20": {"limit_train": 10, "limit_eval": 20},
+    "--protocol original": {"append_eos": True, "whole_epochs": True},
+    "--seed-data 4 --seed-sampling 5": {"seed_data": 4, "seed_sampling": 5},
+}
+BLOB = {
+    "--bayes-eps 0.1": {"bayes_eps": 0.1},
+    "--bayes-gamma 4": {"bayes_gamma": 4},
+    "--bayes-kllr 0.01": {"bayes_kllr": 0.01},
+    "--bayes-beta 0.3": {"bayes_beta": 0.3},
+    "--bayes-klreweighting": {"bayes_klreweighting": True},
+    "--bayes-datasetrescaling": {"bayes_datasetrescaling": True},
+    "--bayes-final-beta 0.18": {},
+    "--bayes-flipout": {},
+}
+TFB = {
+    "--th 0.01": {"th": 0.01},
+    "--iter 3": {"iter": 3},
+    "--bayes-beta 0.02": {"bayes_beta": 0.02},
+    **{f: {} for f in ("--bayes-eps 0.05", "--bayes-gamma 8", "--bayes-kllr 0.01")},
+    **{f: {} for f in ("--bayes-klreweighting", "--bayes-datasetrescaling")},
+    **{f: {} for f in ("--bayes-final-beta 0.18", "--bayes-flipout")},
+}
+OF_METHOD = {
+    "mle": {},
+    "map": {},
+    "mcdropout": {},
+    "deepensemble": {"--ensemble-n 5": {"ensemble_n": 5}},
+    "blob": BLOB,
+    "tfb": TFB,
+    "tfblora": TFB,
+    "tfblora_acc": TFB | {"--iter 5": {"tfb_criterion": "flips", "th": 0.01}},
+}
+
+
+@pytest.mark.parametrize("method", OF_METHOD)
+def test_every_flag_of_existing_command_lines_parses_and_arrives(method):
+    base = [*BASE[:-1], method]
+    needed = ["--load-lora-path", "adapter"] if "tfb" in method else []
+    for text, expected in (SHARED | OF_METHOD[method]).items():
+        args = parse_args([*base, *needed, *text.split()])
+        trains = "tfb" not in method
+        for name, value in expected.items():
+            if name in ("n_epochs", "max_train_steps") and not trains:
+                value = 0  # it says so: tests/test_tfb.py
+            assert getattr(args, name) == value, text
+
+
+@pytest.mark.parametrize("flag", ["--evaluate", "--add-space", "--is_s2s"])
+def test_a_flag_without_effect_says_so_once(flag, monkeypatch):
+    said = []
+    monkeypatch.setattr("utils.logging._told", set())
+    monkeypatch.setattr("utils.logging.logger", SimpleNamespace(info=said.append))
+    for _ in range(2):
+        parse_args([*BASE, flag])
+    assert len(said) == 1 and said[0].startswith(f"{flag} has no effect: ")
 
 
 def test_map_has_weight_decay_and_mle_has_none():

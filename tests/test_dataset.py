@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, topic_rows, write_jsonl
+from conftest import topic_rows, write_jsonl
 
 from dataset import MultipleChoice, SequenceClassification
 from dataset.base import EvalBatches, TrainBatches
-from dataset.tasks import CLASSIFICATION_TASKS, LETTERS, MULTIPLE_CHOICE_TASKS
+from dataset.tasks import CLASSIFICATION_TASKS, MULTIPLE_CHOICE_TASKS
 from main import parse_args
 from utils.errors import UsageError
 
@@ -86,22 +86,6 @@ def test_answers_are_the_tokens_that_follow_the_prompt(tiny_llama, data_dir):
     dataset = multiple_choice(tiny_llama, data_dir)
     decoded = [dataset.tokenizer.decode([token]) for token in dataset.target_ids.tolist()]
     assert decoded == [" business", " entertainment", " politics", " sports", " tech"]
-
-
-def test_letters_of_a_sentencepiece_like_tokenizer_take_no_space(tiny_llama, data_dir):
-    """Llama-2's tokenizer puts the space on by itself; " A" would be two tokens there."""
-    tokenizer = byte_level_tokenizer()
-    vocabulary = {letter: 10 + i for i, letter in enumerate(LETTERS)}
-
-    def encode(text, add_special_tokens=True):
-        return SimpleNamespace(input_ids=[9] * text.startswith(" ") + [vocabulary[text.strip()]])
-
-    stub = type("Stub", (), {"unk_token_id": 0, "__call__": staticmethod(encode)})()
-    args = parse_args(
-        f"--dataset-type mcdataset --dataset obqa --model {tiny_llama} --modelwrapper mle".split()
-    )
-    assert MultipleChoice(args, accelerator(), stub).target_ids.tolist() == [10, 11, 12, 13]
-    assert len(set(MultipleChoice(args, accelerator(), tokenizer).target_ids.tolist())) == 4
 
 
 def test_answer_of_several_tokens_is_an_error(tiny_llama, data_dir, tmp_path):

@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("dataset", "modelwrappers", "utils")
 ALLOWED = {"main": set(ROOMS), "dataset": {"utils"}, "modelwrappers": {"utils"}, "utils": set()}
-SHARED_METHOD_PARTS = {"wrapperbase", "stochastic_lora"}
 NOT_METHODS = {
     "__init__",
     "wrapperbase",
@@ -16,6 +15,7 @@ NOT_METHODS = {
     "stochastic_lora",
     "lora_curvature",
     "model_card",
+    "sharding",
 }
 LAZY = {"bitsandbytes", "wandb", "laplace", "matplotlib"}
 FILES = [

@@ -545,6 +545,12 @@ def test_a_prior_precision_that_is_no_number_is_an_error(causal_flags):
         main.parse_args([*flags, "--laplace-prior-precision", "small"])
 
 
+def test_an_fsdp_launch_is_an_error(causal_flags, monkeypatch):
+    monkeypatch.setattr("modelwrappers.laplace.shards_base", lambda accelerator: True)
+    with pytest.raises(UsageError, match="without FSDP"):
+        build([*causal_flags, "--modelwrapper", "laplace", "--max-train-steps", "4"])
+
+
 def test_lora_on_an_embedding_is_an_error(causal_flags):
     flags = [*causal_flags, "--modelwrapper", "laplace", "--max-train-steps", "4"]
     with pytest.raises(UsageError, match="embed_tokens"):

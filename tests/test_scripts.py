@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -10,9 +12,13 @@ import pytest
 from conftest import ROOT
 
 import main
+from dataset import DATASETS
 
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
 SWEEPS = [script for script in SCRIPTS if script.parent.name != "scripts"]
+POST_HOC = [script for script in SWEEPS if "post_hoc" in script.read_text()]
+SLURM = ROOT / "scripts/slurm/sweep.sbatch"
+CONFIGS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 
 
 def dry_run(script, **environment) -> list[list[str]]:
@@ -28,7 +34,7 @@ def dry_run(script, **environment) -> list[list[str]]:
     return [command[command.index("main.py") + 1 :] for command in commands]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, SLURM], ids=lambda s: s.name)
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
@@ -36,7 +42,7 @@ def test_scripts_are_valid_bash(script):
 @pytest.mark.parametrize("script", SWEEPS, ids=lambda s: s.name)
 def test_every_printed_command_parses(script):
     commands = dry_run(script, SEEDS="1 2")
-    assert len(commands) >= 10
+    assert len(commands) >= 2
     for command in commands:
         args = main.parse_args(command)
         assert args.resume and args.seed in (1, 2)
@@ -73,7 +79,7 @@ def test_the_environment_overrides():
     assert (args.model, args.dataset, args.seed) == ("smollm2-135m", "bbc_headlines", 7)
     assert (args.quantization, args.data_dir, args.max_train_steps) == (
         "none",
-        "rows/bbc_headlines",
+        "rows",
         3,
     )
     assert (args.tracker, args.lr) == ("none", 0.5)
@@ -82,12 +88,13 @@ def test_the_environment_overrides():
 def test_several_processes_are_launched_by_accelerate():
     result = subprocess.run(
         ["bash", str(ROOT / "scripts/map/map-llama-all.sh")],
-        env=os.environ | {"DRY_RUN": "1", "NUM_PROCESSES": "4"},
+        env=os.environ | {"DRY_RUN": "1", "NUM_PROCESSES": "4", "LAUNCH_CONFIG": "my fsdp.yaml"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "accelerate.commands.launch --num_processes 4 main.py" in result.stdout
+    launch = r"accelerate.commands.launch --config_file my\ fsdp.yaml --num_processes 4 main.py"
+    assert launch in result.stdout
     assert "--gpu_ids" not in result.stdout and "--main_process_port" not in result.stdout
 
 
@@ -106,6 +113,59 @@ def test_the_shifted_runs_load_what_the_first_runs_save():
         assert other.max_train_steps == 0
 
 
+@pytest.mark.parametrize("script", POST_HOC, ids=lambda s: s.name)
+def test_post_hoc_scripts_load_what_their_base_has_saved(script):
+    method, base = re.search(r"_post_hoc (\w+) (\w+)", script.read_text()).groups()
+    first = ROOT / "scripts" / base / script.name.replace(method, base)
+    saved = {str(main.run_folder_path(main.parse_args(c))) for c in dry_run(first)}
+    for command in dry_run(script):
+        assert command[command.index("--load-lora-path") + 1] in saved
+
+
+def test_the_shifted_runs_of_a_post_hoc_method_are_blocks_of_one_run():
+    (args,) = map(main.parse_args, dry_run(ROOT / "scripts/tfb/tfb-llama-ood-all.sh", SEEDS="1"))
+    assert args.dataset == "obqa"
+    assert args.ood_datasets == ["ARC-Challenge", "ARC-Easy", "MMLU-chem", "MMLU-phy"]
+
+
+# --- launching ------------------------------------------------------------------------------------
+
+
+def array_task(task: int, script: str) -> subprocess.CompletedProcess:
+    environment = {"DRY_RUN": "1", "PYTHON_BIN": "python", "SLURM_ARRAY_TASK_ID": str(task)}
+    return subprocess.run(
+        ["bash", str(SLURM), script],
+        env=os.environ | environment | {"DATASETS": "obqa boolq", "SEEDS": "1 2"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_array_task_is_one_run_of_the_sweep():
+    script = "scripts/blob/blob-llama-all.sh"
+    tasks = [array_task(task, script) for task in range(5)]
+    lines = [task.stdout.split(" main.py ")[1].strip() for task in tasks[:4]]
+    commands = dry_run(ROOT / script, DATASETS="obqa boolq", SEEDS="1 2")
+    assert [shlex.split(line) for line in lines] == commands
+    assert tasks[4].returncode == 2 and "--array goes from 0 to 3" in tasks[4].stderr
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
+def test_a_launch_configuration_is_one_that_accelerate_takes(file):
+    from accelerate.commands import launch
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.gpu_ids is None and config.main_process_port is None
+    assert config.main_process_ip is None and config.mixed_precision == "no"
+    text = file.read_text()
+    assert text.startswith("#") and f"--config_file configs/accelerate/{file.name}" in text
+    flags = ["--config_file", str(file), "--num_processes", "2", "main.py", "--modelwrapper", "map"]
+    args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(flags))
+    assert args.use_fsdp == (file.stem == "fsdp")
+    assert args.multi_gpu == (file.stem in ("ddp", "several_machines"))
+
+
 def test_the_table_prints_means_over_seeds(tmp_path):
     for seed, acc in ((1, 0.5), (2, 0.7)):
         folder = tmp_path / f"map-seed{seed}"
@@ -119,3 +179,13 @@ def test_the_table_prints_means_over_seeds(tmp_path):
     raw, scaled = output.splitlines()[2:]
     assert "0.600 ± 0.141" in raw and "| 2 " in raw and "1.000 ± 0.000" in raw
     assert "map (scaled)" in scaled and "0.800 ± 0.000" in scaled
+
+
+def test_the_list_of_tasks_renders_every_example(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tasks.py"])
+    runpy.run_path(str(ROOT / "scripts/tasks.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    for kind, cls in DATASETS.items():
+        for name in cls.tasks:
+            assert f"## {name} ({kind})\n" in output
+    assert "A) a planet\nB) a moon\nC) a comet\nD) a star\nAnswer: D\n" in output

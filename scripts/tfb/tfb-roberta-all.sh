@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
 # TFB on the adapters that BASE's sweep left (BASE=mle: scripts/mle/mle-roberta-all.sh first).
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-roberta_settings
-DATASETS="${DATASETS:-rte mrpc wic cola boolq}"
-DATASET_TYPE=bertds LENGTH=256 tfb_all
+roberta_post_hoc tfb mle
