@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import json
 import numpy as np
 from safetensors import safe_open
 
@@ -55,13 +55,15 @@ class Evaluation:
 
     Attributes:
         file: its predictions.
-        shifted: whether it is one of the run's --ood-datasets.
+        shifted: whether it is another data set than the posterior's own.
         temperature: fitted on held-out rows, if the run has --temperature-scaling.
         stored: the block of metrics.json.
+        provenance: command, commit, host, started of the run that evaluated; "" where unknown.
     """
 
     dataset: str
     file: Path
+    provenance: dict[str, str]
     shifted: bool
     temperature: float | None
     stored: dict[str, Any]
@@ -74,7 +76,7 @@ class Run:
     Attributes:
         seeds: (--seed, --seed-data, --seed-sampling), what tells repetitions apart.
         settings: flags that say what was computed, without those of `NOT_SETTINGS`.
-        provenance: command, commit, host, started; "" where unknown.
+        adapter: --load-lora-path.
     """
 
     folder: Path
@@ -83,7 +85,8 @@ class Run:
     dataset: str
     seeds: tuple[Any, ...]
     settings: dict[str, Any]
-    provenance: dict[str, str]
+    adapter: Path | None
+    started: str
     updates: int | None
     training_seconds: float | None
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -137,7 +140,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
                 runs.append(read_run(folder))
             except Unusable as error:
                 skipped.append(Skipped(folder, str(error)))
-    return _newest(runs, skipped), skipped
+    return _join_shifted(_newest(runs, skipped)), skipped
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
@@ -149,14 +152,28 @@ def _run_folders(root: Path) -> Iterator[Path]:
 
 def _newest(runs: list[Run], skipped: list[Skipped]) -> list[Run]:
     kept: dict[Any, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.provenance["started"], str(run.folder))):
+    for run in sorted(runs, key=lambda run: (run.started, str(run.folder))):
         key = (run.method, run.model, run.dataset, run.seeds, settings_key(run.settings))
-        key += (tuple(sorted(e.dataset for e in run.evaluations)),)
         if key in kept:
             reason = f"the same method, settings and seed as {run.folder}, which is newer"
             skipped.append(Skipped(kept[key].folder, reason))
         kept[key] = run
     return sorted(kept.values(), key=lambda run: str(run.folder))
+
+
+def _join_shifted(runs: list[Run]) -> list[Run]:
+    """A run that only evaluated an earlier one's posterior on another data set joins that run."""
+    by_folder = {run.folder.resolve(): run for run in runs}
+    kept = []
+    for run in runs:
+        source = by_folder.get(run.adapter.resolve()) if run.adapter else None
+        if source is None or source.method != run.method or run.dataset == source.dataset:
+            kept.append(run)
+            continue
+        known = {evaluation.dataset for evaluation in source.evaluations}
+        own = [e for e in run.evaluations if e.dataset == run.dataset and e.dataset not in known]
+        source.evaluations.extend(replace(e, shifted=True) for e in own)
+    return kept
 
 
 def settings_key(settings: dict[str, Any]) -> str:
@@ -196,6 +213,11 @@ def read_run(folder: Path) -> Run:
     if not args:  # nothing but its name tells it from other runs
         settings = {"folder": SEED_IN_NAME.sub("", folder.name)}
     command = made.get("command")
+    provenance = {
+        "command": " ".join(map(str, command)) if isinstance(command, list) else "",
+        **{key: str(made.get(key) or "") for key in ("commit", "host", "started")},
+    }
+    adapter = args.get("load_lora_path")
     run = Run(
         folder=folder,
         method=method.rpartition(":")[2],
@@ -203,10 +225,8 @@ def read_run(folder: Path) -> Run:
         dataset=dataset,
         seeds=(seed, args.get("seed_data", seed), args.get("seed_sampling", seed)),
         settings=settings,
-        provenance={
-            "command": " ".join(map(str, command)) if isinstance(command, list) else "",
-            **{key: str(made.get(key) or "") for key in ("commit", "host", "started")},
-        },
+        adapter=Path(adapter) if isinstance(adapter, str) else None,
+        started=provenance["started"],
         updates=metrics.get("updates") if isinstance(metrics.get("updates"), int) else None,
         training_seconds=_number(metrics.get("training_seconds")),
     )
@@ -218,7 +238,7 @@ def read_run(folder: Path) -> Run:
         if temperature is not None and temperature <= 0:
             temperature = None
         file = folder / f"{stem}.safetensors"
-        run.evaluations.append(Evaluation(name, file, shifted, temperature, block))
+        run.evaluations.append(Evaluation(name, file, provenance, shifted, temperature, block))
     return run
 
 
@@ -245,7 +265,8 @@ def read_predictions(evaluation: Evaluation) -> Predictions:
     draws, labels, index = (tensors[key] for key in ("log_probs", "labels", "index"))
     if metadata.get("dataset", evaluation.dataset) != evaluation.dataset:
         raise Unusable(f"{file.name} is of {metadata['dataset']}, not of {evaluation.dataset}")
-    if draws.ndim != 3 or 0 in draws.shape or labels.shape != draws.shape[:1] != index.shape:
+    fits = draws.ndim == 3 and 0 not in draws.shape
+    if not fits or not labels.shape == index.shape == draws.shape[:1]:
         shapes = ", ".join(str(tuple(a.shape)) for a in (draws, labels, index))
         raise Unusable(f"{file.name} has shapes {shapes}, not (n, N, C), (n,), (n,)")
     if draws.dtype.kind != "f" or labels.dtype.kind not in "iu" or index.dtype.kind not in "iu":
