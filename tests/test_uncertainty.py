@@ -1,4 +1,6 @@
-"""Every metric of the report against scikit-learn, torchmetrics, relplot, scipy or a closed form."""
+"""The report's metrics against scikit-learn, torchmetrics, relplot, scipy or a closed form."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -55,7 +57,7 @@ def test_classwise_ece_is_the_mean_of_one_against_rest(data):
     probs = np.exp(log_probs)
     edges, expected = np.linspace(0, 1, 16), 0.0
     for c in range(4):
-        for lower, upper in zip(edges, edges[1:], strict=False):
+        for lower, upper in pairwise(edges):
             inside = (probs[:, c] >= lower) & (probs[:, c] < upper)
             if inside.any():
                 gap = (labels == c)[inside].mean() - probs[inside, c].mean()
@@ -147,7 +149,7 @@ def test_accuracy_at_coverage_counts_the_most_confident():
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_auroc_and_fpr95_equal_scikit_learn(data, ties):
-    draws, log_probs, labels = data
+    _, log_probs, labels = data
     _, correct = u.top_label(log_probs, labels)
     uncertainty = u.predictive_entropy(log_probs)
     uncertainty = uncertainty.round(1) if ties else uncertainty
@@ -165,7 +167,7 @@ def test_detection_without_errors_is_not_a_number():
 
 
 def test_weights_give_the_value_on_the_resample_itself(data):
-    draws, log_probs, labels = data
+    _, log_probs, labels = data
     probs = np.exp(log_probs).round(2)  # ties
     probs[0] = [1.0, 0.0, 0.0, 0.0]
     confidence = probs.max(-1)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 def current_commit() -> str | None:
     """The full hash, with "-dirty" where files were changed since; None outside of a git clone."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe"]
+    git += ["--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

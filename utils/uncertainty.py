@@ -117,7 +117,9 @@ def calibration_errors(
     confidences from its lower edge up to, not including, its upper one.
     """
     w = _rows(weights, len(confidence))
-    counts, gaps = _binned_sums(confidence, num_bins, w, np.ones_like(correct), correct - confidence)
+    counts, gaps = _binned_sums(
+        confidence, num_bins, w, np.ones_like(correct), correct - confidence
+    )
     ece = np.abs(gaps).sum(1) / w.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         mce = np.where(counts > 0, np.abs(gaps) / counts, 0.0).max(1)

@@ -1,7 +1,7 @@
 """Runs to families of comparable rows: measured, resampled, averaged over seeds, compared.
 
-A family is a table: one model, one data set, the same examples. A row is a method with its settings;
-its seeds are averaged. Runs are read one after the other, and only their numbers are kept.
+A family is a table: one model, one data set, the same examples. A row is a method with its
+settings; its seeds are averaged. Runs are read one after the other, and only their numbers are kept.
 """
 
 from __future__ import annotations
@@ -270,9 +270,7 @@ def _row_names(runs: list[Run]) -> dict[Any, str]:
     names: dict[tuple[str, str], str] = {}
     for method, variants in by_method.items():
         flags = sorted({key for settings in variants.values() for key in settings})
-        differing = [
-            key for key in flags if len({repr(s.get(key)) for s in variants.values()}) > 1
-        ]
+        differing = [key for key in flags if len({repr(s.get(key)) for s in variants.values()}) > 1]
         for position, (key, settings) in enumerate(variants.items(), start=1):
             shown = [_flag(flag, settings[flag]) for flag in differing if flag in settings]
             more = f", {len(shown) - SHOWN_FLAGS} more" if len(shown) > SHOWN_FLAGS else ""

@@ -40,6 +40,16 @@ SCORES = {
     "mi": "mutual information",
 }
 
+
+def _detection(prefix: str, what: str) -> list[Metric]:
+    return [
+        *(Metric(f"{prefix}_auroc_{k}", f"AUROC {k}", "high", f"{what}, by {v}", 1)
+          for k, v in SCORES.items()),
+        *(Metric(f"{prefix}_fpr95_{k}", f"FPR@95 {k}", "low", f"{what}, by {v}", 1)
+          for k, v in SCORES.items()),
+    ]  # fmt: skip
+
+
 TABLES: dict[str, tuple[Metric, ...]] = {
     "Accuracy and calibration": (
         Metric("acc", "ACC", "high", "share of correct predictions", 1),
@@ -65,14 +75,10 @@ TABLES: dict[str, tuple[Metric, ...]] = {
         Metric("acc_at_50", "ACC at 50 %", "high", "of the most confident half", 1),
         Metric("acc_at_80", "ACC at 80 %", "high", "of the most confident 80 %", 1),
         Metric("acc_at_95", "ACC at 95 %", "high", "of the most confident 95 %", 1),
-        *(Metric(f"error_auroc_{k}", f"AUROC {k}", "high", f"errors, by {SCORES[k]}", 1) for k in SCORES),
-        *(Metric(f"error_fpr95_{k}", f"FPR@95 {k}", "low", f"errors, by {SCORES[k]}", 1) for k in SCORES),
+        *_detection("error", "errors among the predictions"),
     ),
-    "Telling shifted from source examples": (
-        *(Metric(f"ood_auroc_{k}", f"AUROC {k}", "high", f"shifted, by {SCORES[k]}", 1) for k in SCORES),
-        *(Metric(f"ood_fpr95_{k}", f"FPR@95 {k}", "low", f"shifted, by {SCORES[k]}", 1) for k in SCORES),
-    ),
-}  # fmt: skip
+    "Telling shifted from source examples": (*_detection("ood", "shifted from source examples"),),
+}
 METRICS = {metric.key: metric for metrics in TABLES.values() for metric in metrics}
 COVERAGES = {"acc_at_50": 0.5, "acc_at_80": 0.8, "acc_at_95": 0.95}
 

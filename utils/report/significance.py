@@ -69,7 +69,9 @@ def interval(
         return np.nan, np.nan
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(defined - defined.mean(), [tail, 1 - tail])
-    return float(np.clip(value + low, lowest, highest)), float(np.clip(value + high, lowest, highest))
+    return float(np.clip(value + low, lowest, highest)), float(
+        np.clip(value + high, lowest, highest)
+    )
 
 
 def mean_over_seeds(
