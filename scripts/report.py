@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.args import Args, Parser, count, positive_int, seed  # noqa: E402
-from utils.commit import current_commit  # noqa: E402
-from utils.errors import RunError, UsageError  # noqa: E402
-from utils.report.collect import Options, collect  # noqa: E402
-from utils.report.runs import find_runs  # noqa: E402
-from utils.report.tables import terminal  # noqa: E402
-from utils.report.write import check_writable, write  # noqa: E402
+from utils.args import Args, Parser, count, positive_int, seed
+from utils.commit import current_commit
+from utils.errors import RunError, UsageError
+from utils.report.collect import Options, collect
+from utils.report.runs import find_runs
+from utils.report.tables import terminal
+from utils.report.write import check_writable, write
 
 
 def parse_args(argv: list[str]) -> Args:

@@ -117,9 +117,7 @@ def calibration_errors(
     confidences from its lower edge up to, not including, its upper one.
     """
     w = _rows(weights, len(confidence))
-    counts, gaps = _binned_sums(
-        confidence, num_bins, w, np.ones_like(correct), correct - confidence
-    )
+    counts, gaps = _binned_sums(confidence, num_bins, w, None, correct - confidence)
     ece = np.abs(gaps).sum(1) / w.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         mce = np.where(counts > 0, np.abs(gaps) / counts, 0.0).max(1)
@@ -134,8 +132,8 @@ def classwise_calibration_error(
 ) -> Number:
     r"""Class-wise ECE (Kull et al. 2019, arXiv 1910.12656; "static" in arXiv 1904.01685).
 
-    $\frac1C \sum_c \sum_b \frac{n_{bc}}{n} |\bar y_c(b) - \bar p_c(b)|$: each class's probability is
-    binned over equal-width bins and held against how often the class is the label.
+    $\frac1C \sum_c \sum_b \frac{n_{bc}}{n} |\bar y_c(b) - \bar p_c(b)|$: each class's probability
+    is binned over equal-width bins and held against how often the class is the label.
     """
     w = _rows(weights, len(labels))
     gaps = _one_hot(labels, probs.shape[1]) - probs
@@ -228,10 +226,9 @@ def brier_calibration(
     """
     w = _rows(weights, len(labels))
     gaps = probs - _one_hot(labels, probs.shape[1])
-    ones = np.ones(len(labels))
     total = np.zeros(len(w))
     for c in range(probs.shape[1]):
-        counts, sums = _binned_sums(probs[:, c], num_bins, w, ones, gaps[:, c])
+        counts, sums = _binned_sums(probs[:, c], num_bins, w, None, gaps[:, c])
         total += (np.square(sums) / np.maximum(counts, 1e-300)).sum(1)
     return _number(total / w.sum(1), weights)
 
@@ -309,14 +306,13 @@ class _Ranked:
     """
 
     def __init__(self, score: Values, weights: Weights) -> None:
-        self.order = np.argsort(score, kind="stable")
-        self.ends = np.flatnonzero(np.diff(score[self.order], append=np.inf))
-        self.weights = weights[:, self.order]
+        blocks, self.block = np.unique(score, return_inverse=True)
+        self.num_blocks = len(blocks)
+        self.weights = weights
 
     def cumulative(self, values: Values | None = None) -> Float[np.ndarray, "R blocks"]:
         """Weighted sums of `values` (of ones by default) over all examples up to each block."""
-        weighted = self.weights if values is None else self.weights * values[self.order]
-        return np.cumsum(weighted, axis=1)[:, self.ends]
+        return np.cumsum(_sums(self.block, self.num_blocks, self.weights, values), axis=1)
 
 
 def bin_of(values: Values, num_bins: int) -> Int[np.ndarray, " n"]:
@@ -327,16 +323,35 @@ def bin_of(values: Values, num_bins: int) -> Int[np.ndarray, " n"]:
 
 
 def _binned_sums(
-    position: Values, num_bins: int, weights: Weights, *columns: Values
+    position: Values, num_bins: int, weights: Weights, *columns: Values | None
 ) -> list[Float[np.ndarray, "R bins"]]:
     """The weighted sum of each column over every equal-width bin of `position`."""
-    bins, rows = bin_of(position, num_bins), np.arange(len(position))
-    sums = []
-    for column in columns:
-        table = np.zeros((len(position), num_bins))
-        table[rows, bins] = column
-        sums.append(weights @ table)
-    return sums
+    bins = bin_of(position, num_bins)
+    return [_sums(bins, num_bins, weights, column) for column in columns]
+
+
+def _sums(
+    group: Int[np.ndarray, " n"], num_groups: int, weights: Weights, values: Values | None = None
+) -> Float[np.ndarray, "R groups"]:
+    """The weighted sum of `values` (of ones by default) in each group."""
+    # bincount reads in order and writes into a small table: faster than sorting or a sparse product
+    return np.array(
+        [np.bincount(group, row if values is None else row * values, num_groups) for row in weights]
+    )
+
+
+def in_blocks(score: Values, num_blocks: int) -> Values:
+    """Each score replaced by the mean of its block, of `num_blocks` with equal counts.
+
+    Ranks that many resamples look at need not be finer than this.
+    """
+    if len(score) <= num_blocks:
+        return score
+    ranks = np.empty(len(score), dtype=np.int64)
+    ranks[np.argsort(score, kind="stable")] = np.arange(len(score))
+    block = ranks * num_blocks // len(score)
+    means = np.bincount(block, score, num_blocks) / np.bincount(block, minlength=num_blocks)
+    return means[block]
 
 
 def _one_hot(labels: Int[np.ndarray, " n"], num_classes: int) -> Float[np.ndarray, "n C"]:

@@ -1,7 +1,7 @@
 """Runs to families of comparable rows: measured, resampled, averaged over seeds, compared.
 
 A family is a table: one model, one data set, the same examples. A row is a method with its
-settings; its seeds are averaged. Runs are read one after the other, and only their numbers are kept.
+settings; its seeds are averaged. Runs are read one after the other; only their numbers are kept.
 """
 
 from __future__ import annotations
@@ -212,10 +212,8 @@ def _measure(
 ) -> Result:
     own = predictions.fingerprint
     sizes = {own: len(examples.labels)}
-    if source is not None and source[0] != own:
+    if source is not None:
         sizes[source[0]] = len(source[1].labels)
-    else:
-        source = None
     values = measure(examples, options.num_bins)
     if source is not None:
         values |= measure_shift(source[1], examples)

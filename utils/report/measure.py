@@ -80,6 +80,7 @@ TABLES: dict[str, tuple[Metric, ...]] = {
     "Telling shifted from source examples": (*_detection("ood", "shifted from source examples"),),
 }
 METRICS = {metric.key: metric for metrics in TABLES.values() for metric in metrics}
+BLOCKS = 2000  # of examples with equal counts, whose order resampled ranks keep
 COVERAGES = {"acc_at_50": 0.5, "acc_at_80": 0.8, "acc_at_95": 0.95}
 
 
@@ -119,6 +120,16 @@ class Examples:
         return u.smooth_calibration_error(*self.top)
 
     @cached_property
+    def ranked_top(self) -> tuple[np.ndarray, np.ndarray]:
+        """`top` with the confidences in blocks, for what depends on ranks."""
+        return u.in_blocks(self.top[0], BLOCKS), self.top[1]
+
+    @cached_property
+    def ranked_scores(self) -> dict[str, np.ndarray]:
+        """`scores` in blocks."""
+        return {key: u.in_blocks(score, BLOCKS) for key, score in self.scores.items()}
+
+    @cached_property
     def values(self) -> dict[str, np.ndarray]:
         """What is averaged over the examples."""
         entropy = u.predictive_entropy(self.log_probs)
@@ -144,11 +155,16 @@ class Examples:
 def measure(
     examples: Examples, num_bins: int, weights: np.ndarray | None = None
 ) -> dict[str, u.Number]:
-    """The metrics of one data set; (R,) values each if there are weights (R, n)."""
+    """The metrics of one data set; (R,) values each if there are weights (R, n).
+
+    Resampled ranks are those of `BLOCKS` blocks of examples; the values themselves are exact.
+    """
     e, (confidence, correct) = examples, examples.top
+    ranked = e.top if weights is None else e.ranked_top
+    scores = e.scores if weights is None else e.ranked_scores
     out = {key: u.mean(values, weights) for key, values in e.values.items()}
     out["ece"], out["mce"] = u.calibration_errors(confidence, correct, num_bins, weights)
-    out["ece_adaptive"] = u.adaptive_calibration_error(confidence, correct, num_bins, weights)
+    out["ece_adaptive"] = u.adaptive_calibration_error(*ranked, num_bins, weights)
     out["ece_classwise"] = u.classwise_calibration_error(e.probs, e.labels, num_bins, weights)
     value, sigma = e.smooth
     out["ece_smooth"] = (
@@ -156,10 +172,10 @@ def measure(
     )
     out["brier_calibration"] = u.brier_calibration(e.probs, e.labels, num_bins, weights)
     out["brier_refinement"] = out["brier"] - out["brier_calibration"]
-    out["aurc"] = u.area_under_risk_coverage(confidence, correct, weights)
-    at = u.accuracy_at_coverage(confidence, correct, np.array(list(COVERAGES.values())), weights)
+    out["aurc"] = u.area_under_risk_coverage(*ranked, weights)
+    at = u.accuracy_at_coverage(*ranked, np.array(list(COVERAGES.values())), weights)
     out |= dict(zip(COVERAGES, np.moveaxis(at, -1, 0), strict=True))
-    for key, score in e.scores.items():
+    for key, score in scores.items():
         out[f"error_auroc_{key}"], out[f"error_fpr95_{key}"] = u.detection(
             score, 1 - correct, weights
         )
@@ -172,9 +188,10 @@ def measure_shift(
     """Source against shifted examples; each set is resampled by weights of its own."""
     positive = np.repeat([0.0, 1.0], [len(source.labels), len(shifted.labels)])
     both = None if weights is None else np.concatenate(weights, axis=1)
+    own, other = (e.scores if weights is None else e.ranked_scores for e in (source, shifted))
     out = {}
-    for key in source.scores.keys() & shifted.scores.keys():
-        score = np.concatenate([source.scores[key], shifted.scores[key]])
+    for key in own.keys() & other.keys():
+        score = np.concatenate([own[key], other[key]])
         out[f"ood_auroc_{key}"], out[f"ood_fpr95_{key}"] = u.detection(score, positive, both)
     return out
 

@@ -32,25 +32,27 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a2a9b1; --line: #3a4048;
   --paper: #16181c; --shade: #1f2329; --link: #7ab7ff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; background: var(--paper);
+body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 88rem; background: var(--paper);
   color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem;
-  padding-top: .6rem; border-top: 2px solid var(--line); } h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
+  padding-top: .6rem; border-top: 2px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
 a { color: var(--link); } code { font: .85em ui-monospace, Menlo, Consolas, monospace;
   overflow-wrap: anywhere; }
 .meta, figcaption, caption, .note { color: var(--soft); font-size: .86rem; }
 .wide { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 caption { caption-side: bottom; text-align: left; padding: .4rem 0; max-width: 62rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-thead th { border-bottom: 2px solid var(--ink); white-space: nowrap; font-weight: 600; }
+thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, .text th, .text td { text-align: left; }
 .sortable th:first-child { position: sticky; left: 0; background: var(--paper); }
 tbody th { font-weight: 500; min-width: 8rem; }
 tbody tr:hover > * { background: var(--shade); }
 td small { display: block; color: var(--soft); font-size: .78rem; white-space: nowrap; }
-thead button { all: unset; cursor: pointer; } thead button:focus-visible { outline: 2px solid var(--link); }
+thead button { all: unset; cursor: pointer; }
+thead button:focus-visible { outline: 2px solid var(--link); }
 thead button::after { content: " \\2195"; color: var(--soft); font-size: .8em; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
@@ -59,8 +61,11 @@ figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; backgro
 figcaption { max-width: 62rem; }
 .verdict { background: var(--shade); padding: .6rem 1rem .6rem 2rem; border-radius: 4px; }
 .text td { overflow-wrap: anywhere; } .text { width: 100%; } pre { white-space: pre-wrap; }
-@media print { body { max-width: none; font-size: 10pt; } nav, thead button::after { display: none; }
-  figure, tr { break-inside: avoid; } .wide { overflow: visible; } td, th { padding: .15rem .35rem; } }
+@media print {
+  body { max-width: none; font-size: 10pt; } nav, thead button::after { display: none; }
+  figure, tr { break-inside: avoid; } .wide { overflow: visible; }
+  td, th { padding: .15rem .35rem; }
+}
 """
 
 SCRIPT = """
@@ -113,8 +118,8 @@ def page(
     left_out = len(report.skipped)
     body = f"""
 <header><h1>Calibration and uncertainty report</h1>
-<p class="meta">{report.num_runs} run(s); {left_out} left out{_link_if(left_out, "skipped")}. Made by
-<code>{escape(made["command"])}</code><br>at commit <code>{escape(made["commit"])}</code>,
+<p class="meta">{report.num_runs} run(s); {left_out} left out{_link_if(left_out, "skipped")}.
+Made by <code>{escape(made["command"])}</code><br>at commit <code>{escape(made["commit"])}</code>,
 {escape(made["time"])}. The commands and commits of the runs are under
 <a href="#made">What made the numbers</a>; a method's name in a table leads there.</p></header>
 <nav><ul>{links}</ul></nav>
@@ -158,7 +163,8 @@ def _family(position: int, family: Family, report: Report, plots: list[Plot]) ->
 
 def _head(titles: list[tuple[str, str]]) -> str:
     cells = "".join(
-        f'<th scope="col" title="{escape(about)}"><button type="button">{escape(title)}</button></th>'
+        f'<th scope="col" title="{escape(about)}">'
+        f'<button type="button">{escape(title)}</button></th>'
         for title, about in titles
     )
     return f"<thead><tr>{cells}</tr></thead>"
@@ -273,12 +279,13 @@ same resamples, so differences are paired. Where a row has several seeds they ar
 each resample also draws S of the S seeds with replacement, for a difference the seeds that both
 sides have. A row's value is the mean over its seeds of the metric on all examples.
 
-Intervals are 95 %: quantiles of the resampled values around their mean, put around the estimate and cut
-to the metric's range. Resampling repeats examples, which raises binned calibration errors; centring
+Intervals are 95 %: quantiles of the resampled values around their mean, put around the estimate
+and cut to the metric's range. Resampling repeats examples, which raises binned calibration errors; centring
 takes that shift out again. Smooth ECE keeps the sample's bandwidth.
 
 Limits: with one seed an interval holds the noise of the test examples only; with two or three,
-resampling seeds understates how much seeds vary. Nothing is corrected for the number of comparisons.
+resampling seeds understates how much seeds vary. Nothing is corrected for the number of
+comparisons.
 """
 
 

@@ -1,7 +1,7 @@
 """The report's figures, as PNG and PDF.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; every row also has a marker and a line
-style of its own, so that a print without colours can be read.
+Colours are Okabe and Ito's, which the colour-blind tell apart; every row also has a marker and a
+line style of its own, so that a print without colours can be read.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def _save(name: str, caption: str, draw: Callable[[], Figure], stem: str, folder
     png = folder / f"{stem}-{name}.png"
     with plt.rc_context(STYLE):
         figure = draw()
+        figure.draw_without_rendering()  # lay out once, not for every file
+        figure.set_layout_engine("none")
         for file in (png, png.with_suffix(".pdf")):
             kind = file.suffix[1:]
             # no date inside: the same numbers give the same file
@@ -116,7 +118,7 @@ def _save(name: str, caption: str, draw: Callable[[], Figure], stem: str, folder
             write_atomically(
                 file,
                 lambda temporary, kind=kind, metadata=metadata: figure.savefig(
-                    temporary, format=kind, dpi=150, bbox_inches="tight", metadata=metadata
+                    temporary, format=kind, dpi=150, metadata=metadata
                 ),
             )
         plt.close(figure)
@@ -134,6 +136,8 @@ def _axes(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tupl
     flat = list(axes.flat)
     for unused in flat[count:]:
         unused.set_visible(False)
+    for ax in flat[max(0, count - across) : count]:  # also above an empty place
+        ax.tick_params(labelbottom=True)
     figure.set_layout_engine("constrained")
     return figure, flat[:count]
 
@@ -258,8 +262,8 @@ def _around(cell) -> list[list[float]]:
 
 
 DRAWS = (
-    "Number of draws: NLL and ECE of the mean of the first 1, 2, ... draws. Where the curve is flat "
-    "more draws are not worth their time. Point estimates are a single point."
+    "Number of draws: NLL and ECE of the mean of the first 1, 2, ... draws. Where the curve is "
+    "flat, more draws are not worth their time. Point estimates are a single point."
 )
 
 

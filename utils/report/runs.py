@@ -106,7 +106,7 @@ class Predictions:
         labels: (n,)
         index: (n,) rows in their split.
         split: of the data set.
-        fingerprint: of index, labels and the number of classes; equal for the same examples.
+        fingerprint: of data set, split, index, labels and the number of classes.
     """
 
     draws: np.ndarray
@@ -284,13 +284,14 @@ def read_predictions(evaluation: Evaluation) -> Predictions:
     mass = np.logaddexp.reduce(draws, axis=-1)
     if np.abs(mass).max() > 1e-3:
         raise Unusable(f"{file.name} holds probabilities that do not add up to 1")
-    examples = np.concatenate([[draws.shape[2]], index, labels]).tobytes()
     split = str(metadata.get("split") or evaluation.stored.get("split") or "?")
-    return Predictions(draws, labels, index, split, zlib.crc32(examples))
+    examples = np.concatenate([[draws.shape[2]], index, labels]).tobytes()
+    fingerprint = zlib.crc32(f"{evaluation.dataset} {split} ".encode() + examples)
+    return Predictions(draws, labels, index, split, fingerprint)
 
 
 def read_history(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """(update, NLL) of training and of the evaluations while training; broken lines are left out."""
+    """(update, NLL) of training and of evaluations while training, without broken lines."""
     curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
     try:
         lines = (run.folder / "history.jsonl").read_text("utf-8", errors="replace").splitlines()

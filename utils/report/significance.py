@@ -28,7 +28,7 @@ import numpy as np
 from utils.seeding import mix_seed
 
 LEVEL = 0.95
-CHUNK = 4_000_000  # weights at once: 32 MB, of which a metric holds a few copies
+CHUNK = 8_000_000  # weights at once: 64 MB
 
 
 def resample(sizes: dict[int, int], resamples: int, seed: int) -> Iterator[list[np.ndarray]]:

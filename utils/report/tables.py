@@ -14,10 +14,11 @@ DIFFERENCES = ("acc", "ece", "ece_smooth", "nll", "brier", "aurc")
 UNDEFINED = "–"
 ARROWS = {"low": "↓", "high": "↑", "": ""}
 
+BRACKETS = "In brackets: 95 % bootstrap interval. "
 RULE = (
     "Bold: better than every other row, the paired 95 % interval of each difference excludes 0. "
-    "†: where no row is, the best one and those not told apart from it. In brackets: 95 % bootstrap "
-    "interval. "
+    "†: where no row is, the best one and those not told apart from it. "
+    f"{BRACKETS}"
 )
 LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -211,9 +212,7 @@ def latex(report: Report, made: dict[str, str]) -> str:
                 ]
                 for row in family.rows
             ]
-            text = caption(family, report, name).replace(
-                "In brackets: 95 % bootstrap interval. ", ""
-            )
+            text = caption(family, report, name).replace(BRACKETS, "")
             parts.append(_tex_table([_tex(h) for h in head], lines, text))
         others = [row for row in family.rows if row.name != family.baseline]
         if others:
@@ -232,10 +231,14 @@ def latex(report: Report, made: dict[str, str]) -> str:
 def _tex_table(head: list[str], lines: list[list[str]], text: str) -> str:
     rows = " \\\\\n".join(" & ".join(line) for line in lines)
     return (
-        f"\\begin{{table}}\n\\centering\\small\n\\caption{{{_tex(text.strip())}}}\n"
+        f"\\begin{{table}}\n\\centering{_tex_size(len(head))}\n\\caption{{{_tex(text.strip())}}}\n"
         f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n{' & '.join(head)} \\\\\n"
         f"\\midrule\n{rows} \\\\\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}"
     )
+
+
+def _tex_size(num_columns: int) -> str:
+    return r"\small" if num_columns <= 8 else r"\scriptsize\setlength{\tabcolsep}{3pt}"
 
 
 def _tex(text: str) -> str:
