@@ -1,9 +1,9 @@
 """What a report costs: python benchmarks/bench_report.py [EXAMPLES DRAWS CLASSES RESAMPLES]
 
-Two methods with two seeds each, predictions of 100,000 examples x 10 draws x 5 classes by default,
-written to a temporary folder; then everything that `scripts/report.py` does after its imports. The
-shifted set is as large. Beside it the same bootstrap by a plain loop over resamples of
-scikit-learn's and torchmetrics' functions, ACC, ECE, NLL and two AUROCs only, timed on a few resamples.
+Two runs with predictions of 100,000 examples x 10 draws x 5 classes by default and a shifted set as
+large, written to a temporary folder; then everything that `scripts/report.py` does after its
+imports. Beside it the same bootstrap by a plain loop over resamples of scikit-learn's and
+torchmetrics' functions, six metrics only, timed on a few resamples.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for method in ("map", "blob"):
-            for seed in (1, 2):
-                make_run(root / f"{method}-seed{seed}", method, seed, shape)
+            make_run(root / f"{method}-seed1", method, 1, shape)
         started = time.perf_counter()
         runs, skipped = find_runs([root])
         report = collect(runs, skipped, Options(resamples=resamples))

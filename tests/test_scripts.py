@@ -1,10 +1,8 @@
 """Every script is valid bash; every command that a dry run prints is one that main.py parses."""
 
-import json
 import os
 import shlex
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -106,16 +104,7 @@ def test_the_shifted_runs_load_what_the_first_runs_save():
         assert other.max_train_steps == 0
 
 
-def test_the_table_prints_means_over_seeds(tmp_path):
-    for seed, acc in ((1, 0.5), (2, 0.7)):
-        folder = tmp_path / f"map-seed{seed}"
-        folder.mkdir()
-        block = {"acc": acc, "ece": 0.1, "nll": 1.0, "brier": 0.5, "n_examples": 9, "n_draws": 1}
-        block["temperature_scaled"] = block | {"nll": 0.8}
-        run = {"modelwrapper": "map", "model": "m", "datasets": {"d": block}}
-        (folder / "metrics.json").write_text(json.dumps(run))
-    command = [sys.executable, str(ROOT / "scripts/table.py"), "--mean", str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    raw, scaled = output.splitlines()[2:]
-    assert "0.600 ± 0.141" in raw and "| 2 " in raw and "1.000 ± 0.000" in raw
-    assert "map (scaled)" in scaled and "0.800 ± 0.000" in scaled
+@pytest.mark.parametrize("name", ["quickstart.sh", "compare.sh"])
+def test_comparisons_end_with_the_report(name):
+    last = (ROOT / "scripts" / name).read_text().rpartition('"$PYTHON_BIN"')[2]
+    assert last.lstrip().startswith("scripts/report.py")

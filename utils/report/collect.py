@@ -369,6 +369,8 @@ def mark_best(rows: list[Row], options: Options) -> None:
     "best": the paired difference from every other row excludes 0. Else the best row and every row
     whose paired difference from it contains 0 are "tied".
     """
+    if not options.resamples:
+        return
     for key, metric in METRICS.items():
         having = [r for r in rows if key in r.cells and np.isfinite(r.cells[key].value)]
         if not metric.better or len(having) < 2:

@@ -280,8 +280,9 @@ each resample also draws S of the S seeds with replacement, for a difference the
 sides have. A row's value is the mean over its seeds of the metric on all examples.
 
 Intervals are 95 %: quantiles of the resampled values around their mean, put around the estimate
-and cut to the metric's range. Resampling repeats examples, which raises binned calibration errors; centring
-takes that shift out again. Smooth ECE keeps the sample's bandwidth.
+and cut to the metric's range. Resampling repeats examples, which raises binned calibration errors;
+centring takes that shift out again. Ranks of more than 2000 examples are resampled in 2000 blocks.
+Smooth ECE keeps the sample's bandwidth.
 
 Limits: with one seed an interval holds the noise of the test examples only; with two or three,
 resampling seeds understates how much seeds vary. Nothing is corrected for the number of

@@ -69,7 +69,7 @@ def caption(family: Family, report: Report, name: str) -> str:
     return (
         f"{name}: {family.title}. {family.num_examples} examples, {family.num_classes} classes, "
         f"{report.options.num_bins} bins, {report.options.resamples} resamples of examples and "
-        f"seeds. {RULE}"
+        f"seeds. {RULE if report.options.resamples else ''}"
     )
 
 
@@ -120,10 +120,11 @@ def terminal(report: Report) -> str:
             for row in family.rows
         ]
         blocks.append(f"{family.title}: {family.num_examples} examples\n{_aligned(lines)}")
-    blocks.append(
-        "[95 % bootstrap interval]  *: better than every other row, significantly  "
-        "†: best, or not told apart from it"
-    )
+    if report.options.resamples:
+        blocks.append(
+            "[95 % bootstrap interval]  *: better than every other row, significantly  "
+            "†: best, or not told apart from it"
+        )
     return "\n\n".join(blocks)
 
 
