@@ -53,9 +53,9 @@ tbody tr:hover > * { background: var(--shade); }
 td small { display: block; color: var(--soft); font-size: .78rem; white-space: nowrap; }
 thead button { all: unset; cursor: pointer; }
 thead button:focus-visible { outline: 2px solid var(--link); }
-thead button::after { content: " \\2195"; color: var(--soft); font-size: .8em; }
-th[aria-sort=ascending] button::after { content: " \\25B2"; }
-th[aria-sort=descending] button::after { content: " \\25BC"; }
+thead button::after { content: "\\a0\\2195"; color: var(--soft); font-size: .8em; }
+th[aria-sort=ascending] button::after { content: "\\a0\\25B2"; }
+th[aria-sort=descending] button::after { content: "\\a0\\25BC"; }
 figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; background: white;
   border: 1px solid var(--line); border-radius: 4px; padding: 4px; }
 figcaption { max-width: 62rem; }

@@ -109,7 +109,7 @@ def _save(name: str, caption: str, draw: Callable[[], Figure], stem: str, folder
     png = folder / f"{stem}-{name}.png"
     with plt.rc_context(STYLE):
         figure = draw()
-        figure.draw_without_rendering()  # lay out once, not for every file
+        figure.get_layout_engine().execute(figure)  # once, not for every file
         figure.set_layout_engine("none")
         for file in (png, png.with_suffix(".pdf")):
             kind = file.suffix[1:]
@@ -128,15 +128,15 @@ def _save(name: str, caption: str, draw: Callable[[], Figure], stem: str, folder
 def _axes(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tuple[Figure, list]:
     import matplotlib.pyplot as plt
 
-    across = min(count, 4)
-    down = math.ceil(count / across)
+    down = math.ceil(count / 4)
+    across = math.ceil(count / down)
     figure, axes = plt.subplots(
         down, across, figsize=(width * across, height * down), squeeze=False, **kwargs
     )
     flat = list(axes.flat)
     for unused in flat[count:]:
         unused.set_visible(False)
-    for ax in flat[max(0, count - across) : count]:  # also above an empty place
+    for ax in flat[:count]:
         ax.tick_params(labelbottom=True)
     figure.set_layout_engine("constrained")
     return figure, flat[:count]
@@ -235,7 +235,7 @@ SCATTER = (
 
 
 def _scatter(family: Family, rows: list[Row]) -> Figure:
-    figure, (ax,) = _axes(1, 4.6, 3.2)
+    figure, (ax,) = _axes(1, 5.8, 3.2)
     for row, style, marker in _styles(rows):
         ece, acc = row.cells["ece"], row.cells["acc"]
         ax.errorbar(
@@ -251,7 +251,7 @@ def _scatter(family: Family, rows: list[Row]) -> Figure:
             label=_short(row.name),
         )
     ax.set(xlabel="ECE", ylabel="accuracy")
-    _legend(ax)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # intervals lie everywhere
     return figure
 
 

@@ -24,6 +24,7 @@ LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "~": r"\textasciitilde{}",
+    "\N{NO-BREAK SPACE}": "~",
     "^": r"\textasciicircum{}",
     "†": r"$^\dagger$",
     "–": "--",
@@ -60,8 +61,8 @@ def columns(family: Family, metrics: tuple[Metric, ...]) -> list[Metric]:
 
 
 def heading(metric: Metric) -> str:
-    """The title, with an arrow to where it is better."""
-    return f"{metric.title} {ARROWS[metric.better]}".strip()
+    """The title, with an arrow to where it is better; the two stay on one line."""
+    return f"{metric.title}\N{NO-BREAK SPACE}{ARROWS[metric.better]}".strip()
 
 
 def caption(family: Family, report: Report, name: str) -> str:
