@@ -92,6 +92,28 @@ def test_smooth_ece_equals_relplot_and_so_does_its_resampled_form(data):
     assert value == pytest.approx(again, rel=0.01)
 
 
+def test_many_examples_are_summed_another_way_to_the_same_numbers(monkeypatch):
+    rng, n = np.random.default_rng(0), 300
+    confidence, correct = rng.random(n).round(3), (rng.random(n) < 0.7).astype(float)
+    weights = rng.poisson(1, (5, n)).astype(float)
+    both = []
+    for dense in (0, 10**9):
+        monkeypatch.setattr(u, "DENSE", dense)
+        both.append(
+            np.stack(
+                [
+                    *u.calibration_errors(confidence, correct, 15, weights),
+                    u.area_under_risk_coverage(confidence, correct, weights),
+                ]
+            )
+        )
+    np.testing.assert_allclose(*both)
+    once = u.smooth_error_at(confidence, correct, 0.05, weights)
+    four = [np.tile(values, 4) for values in (confidence, correct)]  # more than the grid's points
+    again = u.smooth_error_at(*four, 0.05, np.tile(weights, 4))
+    np.testing.assert_allclose(once, again)
+
+
 def test_brier_splits_into_calibration_and_refinement_in_closed_form():
     # Two forecasts in bins of their own: 0.8 comes true 6 times in 10, 0.3 does 3 times in 10.
     p = np.array([0.8] * 10 + [0.3] * 10)

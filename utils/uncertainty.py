@@ -22,6 +22,7 @@ Values = Float[np.ndarray, " n"]
 Weights = Float[np.ndarray, "R n"]
 Number = float | Float[np.ndarray, " R"]
 
+DENSE = 100_000  # up to which size a sum over groups is a matrix product
 SMOOTH_GRID = 1001  # points of the confidence axis that `smooth_calibration_error` smooths over
 
 
@@ -197,17 +198,20 @@ def smooth_error_at(
         np.exp(-0.5 * np.square((image[:, None] - points) / sigma))
         for image in (grid, -grid, 2 - grid)
     )  # (grid, points)
-    on_grid = np.array(
-        [
+    if len(confidence) <= SMOOTH_GRID:  # few examples: smooth each of them
+        each = (1 - share)[:, None] * kernel[lower] + share[:, None] * kernel[lower + 1]
+        residuals, density = (w * residual) @ each, w @ each
+    else:
+        on_grid = np.array(
             [
                 np.bincount(lower, v * (1 - share), SMOOTH_GRID)
                 + np.bincount(lower + 1, v * share, SMOOTH_GRID)
+                for row in w
                 for v in (row * residual, row)
             ]
-            for row in w
-        ]
-    )  # (R, 2, grid)
-    residuals, density = np.moveaxis(on_grid @ kernel, 1, 0)
+        )  # (2R, grid): residuals and density in turn
+        smoothed = on_grid @ kernel
+        residuals, density = smoothed[::2], smoothed[1::2]
     return _number(np.abs(residuals).sum(1) / density.sum(1), weights)
 
 
@@ -334,6 +338,10 @@ def _sums(
     group: Int[np.ndarray, " n"], num_groups: int, weights: Weights, values: Values | None = None
 ) -> Float[np.ndarray, "R groups"]:
     """The weighted sum of `values` (of ones by default) in each group."""
+    if num_groups * len(group) <= DENSE:
+        table = np.zeros((len(group), num_groups))
+        table[np.arange(len(group)), group] = 1.0 if values is None else values
+        return weights @ table
     # bincount reads in order and writes into a small table: faster than sorting or a sparse product
     return np.array(
         [np.bincount(group, row if values is None else row * values, num_groups) for row in weights]
