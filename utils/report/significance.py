@@ -11,7 +11,8 @@ draws its own). A row's value is the mean over its seeds of the metric on all ex
 resampled values around their mean, put around the estimate, and cut to the metric's range. Centring
 matters for binned calibration errors: a resample repeats examples and is therefore noisier than the
 sample, so $\theta^*$ lies above $\hat\theta$ and the plain percentile interval need not
-contain the estimate. The estimate's own bias is not corrected.
+contain the estimate. The estimate's own bias is not corrected: on few examples a perfectly
+calibrated model has a binned ECE well above 0, and its interval lies around that (docs/log.md).
 
 **What they do not say.** With one seed an interval holds the noise of the test examples only; with
 two or three, resampling seeds understates how much seeds vary. Nothing is corrected for the number

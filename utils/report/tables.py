@@ -101,6 +101,8 @@ def verdicts(family: Family) -> list[str]:
             sentence += ", significantly better than every other row"
         elif len(others) == len(family.rows) - 1:
             sentence += ", but no row can be told apart from it"
+        elif len(others) > 4:
+            sentence += f", {len(others)} of the other rows cannot be told apart from it"
         else:
             sentence += f", not told apart from it: {', '.join(others)}"
         sentences.append(sentence + ".")
