@@ -468,3 +468,27 @@ def test_a_report_without_resamples_has_no_brackets(tmp_path):
     make_run(tmp_path, "blob")
     text = terminal(report_on(tmp_path, resamples=0))
     assert not re.search("[\\[†*]", text) and "blob" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n": 1}, {"sharpness": 200.0, "noise": 0.0}, {"sharpness": 0.0, "noise": 0.0}],
+    ids=["one example", "certain", "uniform"],
+)
+def test_degenerate_predictions_are_measured(tmp_path, change):
+    make_run(tmp_path, "map", **change)
+    make_run(tmp_path, "blob", num_draws=2, **change)
+    report = report_on(tmp_path, resamples=20)
+    assert not report.skipped and len(report.families[0].rows) == 2
+    assert np.isfinite(report.families[0].rows[0].cells["ece_smooth"].value)
+    markdown(report, MADE), latex(report, MADE), comma_separated(report)
+
+
+def test_seeds_of_different_commits_are_said(tmp_path):
+    make_run(tmp_path, seed=1)
+    folder = make_run(tmp_path, seed=2)
+    stored = json.loads((folder / "args.json").read_text())
+    stored["run"]["commit"] = "another"
+    write_json(folder / "args.json", stored)
+    (family,) = report_on(tmp_path, resamples=20).families
+    assert family.notes == ["The seeds of map were run at 2 different commits."]

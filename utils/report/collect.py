@@ -173,6 +173,8 @@ def collect(
                 training[names[run.folder]].append(read_history(run))
         for (shifted, dataset, split, _), rows in sorted(found.items()):
             report.families.append(_family(model, source, dataset, split, shifted, rows, options))
+            for result in (result for results in rows.values() for result in results):
+                result.replicates.clear()  # thousands of runs would fill the memory
         report.training.append(Training(model, source, dict(training)))
     return report
 
@@ -312,6 +314,10 @@ def _family(
         for row in rows
         if all_seeds - set(row.seeds)
     ]
+    for row in rows:
+        commits = {result.evaluation.provenance["commit"] for result in row.results}
+        if len(commits) > 1:
+            notes.append(f"The seeds of {row.name} were run at {len(commits)} different commits.")
     return Family(
         model,
         source,

@@ -274,22 +274,22 @@ def _plain_method() -> str:
 
 
 METHOD = """
-Resamples: each draws n of the n examples with replacement. All methods and seeds of a table see the
-same resamples, so differences are paired. Where a row has several seeds they are the outer level:
-each resample also draws S of the S seeds with replacement, for a difference the seeds that both
-sides have. A row's value is the mean over its seeds of the metric on all examples.
+Resamples: each draws n of the n examples with replacement. All methods and seeds of a table see
+the same resamples, so differences are paired. Where a row has several seeds they are the outer
+level: each resample also draws S of the S seeds with replacement, for a difference the seeds that
+both sides have. A row's value is the mean over its seeds of the metric on all examples.
 
 Intervals are 95 %: quantiles of the resampled values around their mean, put around the estimate
-and cut to the metric's range. Resampling repeats examples, which raises binned calibration errors;
-centring takes that shift out again. Ranks of more than 2000 examples are resampled in 2000 blocks.
-Smooth ECE keeps the sample's bandwidth.
+and cut to the metric's range. Resampling repeats examples, which raises binned calibration
+errors; centring takes that shift out again. Ranks of more than 2000 examples are resampled in
+2000 blocks. Smooth ECE keeps the sample's bandwidth.
 
 Limits: binned calibration errors are biased upwards, the more the fewer examples there are (in a
 simulation of docs/log.md a perfectly calibrated model has a mean ECE of 0.044 on 200 examples and
-0.014 on 2000, with 15 bins). An interval lies around the value with its bias. ACC, NLL and the Brier
-score have no such bias. With one seed an interval holds the noise of the test examples only; with
-two or three, resampling seeds understates how much seeds vary. Nothing is corrected for the number
-of comparisons.
+0.014 on 2000, with 15 bins). An interval lies around the value with its bias. ACC, NLL and the
+Brier score have no such bias. With one seed an interval holds the noise of the test examples
+only; with two or three, resampling seeds understates how much seeds vary. Nothing is corrected
+for the number of comparisons.
 """
 
 
