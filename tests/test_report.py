@@ -393,6 +393,19 @@ def test_a_paired_difference_cancels_what_both_sides_share():
     assert high < 0, "unpaired the two could not be told apart"
 
 
+def test_a_difference_is_taken_on_the_seeds_that_both_sides_have():
+    rng = np.random.default_rng(0)
+    replicates = [{seed: rng.normal(size=50) for seed in seeds} for seeds in ((1, 2), (2, 3))]
+    values = {1: 9.0, 2: 3.0}, {2: 1.0, 3: 0.0}
+    difference, low, high = paired_difference(values, tuple(replicates), 50, 0)
+    shift = replicates[0][2] - replicates[1][2]
+    assert difference == 2.0
+    assert (low, high) == pytest.approx(interval(2.0, shift))
+    without = {1: 9.0, 4: 3.0}, {2: 1.0, 3: 0.0}
+    replicates[0][4] = replicates[0].pop(2)
+    assert paired_difference(without, tuple(replicates), 50, 0)[0] == 5.5, "each side's own"
+
+
 def test_the_interval_of_the_ece_holds_the_estimate_of_a_calibrated_model():
     # Resampling raises the ECE of a calibrated model: percentiles alone would miss the estimate.
     rng = np.random.default_rng(0)

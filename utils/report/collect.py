@@ -26,7 +26,6 @@ from utils.report.runs import (
 )
 from utils.report.significance import (
     interval,
-    is_significant,
     mean_over_seeds,
     paired_difference,
     resample,
@@ -383,10 +382,14 @@ def mark_best(rows: list[Row], options: Options) -> None:
             continue
         pick = min if metric.better == "low" else max
         best = pick(having, key=lambda row: row.cells[key].value)
-        tied = [
-            row
-            for row in having
-            if row is not best and not is_significant(*_difference(row, best, key, options)[1:])
-        ]
+        tied = []
+        for row in having:
+            if row is best:
+                continue
+            _, low, high = _difference(row, best, key, options)
+            # On the seeds that both have, the best one could even be the worse: then they are tied.
+            is_worse = low > 0 if metric.better == "low" else high < 0
+            if not is_worse:
+                tied.append(row)
         for row in [best, *tied]:
             row.cells[key] = row.cells[key]._replace(mark="tied" if tied else "best")
