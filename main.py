@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import platform
 import socket
-import subprocess
 import sys
 import time
 from importlib import metadata
@@ -28,6 +27,7 @@ from modelwrappers import build_wrapper, get_wrapper
 from modelwrappers.sharding import check_sharding, shards_base
 from utils.args import Args, build_parser, finish, first_pass
 from utils.checkpoint import RunFolder, run_folder_path, write_json
+from utils.commit import current_commit
 from utils.errors import RunError, UsageError
 from utils.logging import init_tracker, logger, name_process, setup_logging
 from utils.metrics import Metrics
@@ -129,22 +129,9 @@ def open_run_folder(args: Args, accelerator: Accelerator) -> RunFolder:
 
 def provenance() -> dict[str, Any]:
     """What made this run: command, versions, commit, host, time."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     return {
         "command": sys.argv,
-        "commit": commit,
+        "commit": current_commit(),
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),

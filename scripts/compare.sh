@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Every method on the embedded encoder (about eight minutes a seed on two cores), or on the embedded
 # language model with MODEL=smollm2-135m (hours): trained on BBC headlines, evaluated on held-out
-# headlines and, as the shifted test set, on the bodies of the same articles. Three seeds; prints mean
-# and spread. A finished run is skipped, an interrupted one resumed.
+# headlines and, as the shifted test set, on the bodies of the same articles. Three seeds; ends with
+# the report: tables on the terminal, checkpoints/compare/report/report.html. A finished run is
+# skipped, an interrupted one resumed.
 #   SEEDS="1 2 3" STEPS=160 TRAIN_ROWS=200 TEST_ROWS=200 MODEL=minilm-l6 bash scripts/compare.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -42,4 +43,4 @@ for seed in $SEEDS; do
             --load-lora-path "$OUT/map/$MODEL/bbc_headlines/map-seed$seed"
     done
 done
-"$PYTHON_BIN" scripts/table.py --mean "$OUT"
+"$PYTHON_BIN" scripts/report.py "$OUT"

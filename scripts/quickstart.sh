@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # From nothing to a better calibrated language model, on a laptop without GPU or hub.
 # Sets itself up, then trains plain LoRA (MAP) and BLoB on the same 80 BBC headlines, long enough that
-# plain LoRA over-fits as people's runs do, and prints both rows for 200 held-out headlines. The
-# model is SmolLM2-135M, embedded in a PyPI wheel. About eight minutes on two cores after set-up.
+# plain LoRA over-fits as people's runs do, and prints both rows for 200 held-out headlines and
+# where the report (tables, plots, one HTML page) is. The model is SmolLM2-135M, embedded in a PyPI
+# wheel. About eight minutes on two cores after set-up.
 #   STEPS=80 bash scripts/quickstart.sh     # fewer updates: less over-fitting, less to gain
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -19,4 +20,5 @@ echo "== 2/2 BLoB: the same with a Gaussian posterior on the adapter, five draws
 "$PYTHON_BIN" main.py --modelwrapper blob "${COMMON[@]}" \
     --bayes-klreweighting --bayes-kllr 0.01 --bayes-eval-n-samples-final 5
 
-"$PYTHON_BIN" scripts/table.py checkpoints/{map,blob}/smollm2-135m/bbc_headlines/quickstart
+"$PYTHON_BIN" scripts/report.py checkpoints/{map,blob}/smollm2-135m/bbc_headlines/quickstart \
+    --out checkpoints/quickstart-report

@@ -1,6 +1,5 @@
 """Every script is valid bash; every command that a dry run prints is one that main.py parses."""
 
-import json
 import os
 import re
 import runpy
@@ -166,21 +165,6 @@ def test_a_launch_configuration_is_one_that_accelerate_takes(file):
     assert args.multi_gpu == (file.stem in ("ddp", "several_machines"))
 
 
-def test_the_table_prints_means_over_seeds(tmp_path):
-    for seed, acc in ((1, 0.5), (2, 0.7)):
-        folder = tmp_path / f"map-seed{seed}"
-        folder.mkdir()
-        block = {"acc": acc, "ece": 0.1, "nll": 1.0, "brier": 0.5, "n_examples": 9, "n_draws": 1}
-        block["temperature_scaled"] = block | {"nll": 0.8}
-        run = {"modelwrapper": "map", "model": "m", "datasets": {"d": block}}
-        (folder / "metrics.json").write_text(json.dumps(run))
-    command = [sys.executable, str(ROOT / "scripts/table.py"), "--mean", str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    raw, scaled = output.splitlines()[2:]
-    assert "0.600 ± 0.141" in raw and "| 2 " in raw and "1.000 ± 0.000" in raw
-    assert "map (scaled)" in scaled and "0.800 ± 0.000" in scaled
-
-
 def test_the_list_of_tasks_renders_every_example(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tasks.py"])
     runpy.run_path(str(ROOT / "scripts/tasks.py"), run_name="__main__")
@@ -189,3 +173,9 @@ def test_the_list_of_tasks_renders_every_example(capsys, monkeypatch):
         for name in cls.tasks:
             assert f"## {name} ({kind})\n" in output
     assert "A) a planet\nB) a moon\nC) a comet\nD) a star\nAnswer: D\n" in output
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "compare.sh"])
+def test_comparisons_end_with_the_report(name):
+    last = (ROOT / "scripts" / name).read_text().rpartition('"$PYTHON_BIN"')[2]
+    assert last.lstrip().startswith("scripts/report.py")

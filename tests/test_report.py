@@ -1,0 +1,507 @@
+"""The report: from run folders to files, with everything that can be wrong with a folder."""
+
+import csv
+import importlib.util
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_folder
+from scipy.stats import binomtest, norm
+
+import main
+from utils import uncertainty as u
+from utils.checkpoint import write_json, write_tensors
+from utils.metrics import posterior_predictive, score
+from utils.report.collect import Options, collect
+from utils.report.plots import wilson
+from utils.report.runs import find_runs
+from utils.report.significance import interval, paired_difference, resample, seed_weights
+from utils.report.tables import comma_separated, latex, markdown, terminal
+from utils.temperature import scale
+
+MADE = {"command": "python scripts/report.py", "commit": "0123abc", "time": "now"}
+
+
+def script():
+    """scripts/report.py as a module."""
+    spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts/report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_run(
+    root,
+    method="map",
+    seed=1,
+    *,
+    n=150,
+    num_classes=3,
+    num_draws=1,
+    sharpness=3.0,
+    noise=0.3,
+    shifted=False,
+    temperature=None,
+    dataset="bbc_headlines",
+    name=None,
+    **flags,
+):
+    """A finished run's folder with made-up predictions; the examples are the same in all."""
+    folder = root / method / "m" / dataset / (name or f"{method}-seed{seed}")
+    truth = torch.randn(n, 1, num_classes, generator=torch.Generator().manual_seed(0))
+    order = torch.Generator().manual_seed(1)
+    labels = torch.multinomial((2 * truth[:, 0]).softmax(-1), 1, generator=order)[:, 0]
+    generator = torch.Generator().manual_seed(100 * seed + len(method))
+    blocks = {}
+    stems = {dataset: "predictions"} | ({"bodies": "predictions-bodies"} if shifted else {})
+    for position, (data, stem) in enumerate(stems.items()):
+        own = torch.randn(n, num_draws, num_classes, generator=generator)
+        logits = sharpness * truth / (1 + 2 * position) + noise * own
+        tensors = {
+            "log_probs": logits.log_softmax(-1),
+            "labels": labels,
+            "index": torch.arange(n),
+        }
+        metadata = {"dataset": data, "split": "val", "seed": str(seed), "modelwrapper": method}
+        write_tensors(folder / f"{stem}.safetensors", tensors, metadata)
+        metrics = score(posterior_predictive(tensors["log_probs"]), labels)
+        blocks[data] = metrics._asdict() | {"split": "val", "num_bins": 15}
+        if temperature is not None:
+            blocks[data]["temperature_scaled"] = {"temperature": temperature}
+    args = {"modelwrapper": method, "model": "m", "dataset": dataset, "seed": seed, "lr": 1e-4}
+    args |= {"seed_data": seed, "seed_sampling": seed, "log_path": folder.name} | flags
+    made = {"command": ["main.py", "--seed", str(seed)], "commit": "c0ffee", "started": f"{seed}"}
+    write_json(folder / "args.json", {"args": args, "given": {}, "run": made})
+    content = {"modelwrapper": method, "model": "m", "seed": seed, "updates": 4}
+    write_json(folder / "metrics.json", content | {"datasets": blocks})
+    lines = [json.dumps({"step": step, "nll": 1 / step}) for step in range(1, 5)]
+    (folder / "history.jsonl").write_text("\n".join([*lines, '{"step": 5, "nl']))
+    return folder
+
+
+def report_on(root, **options):
+    return collect(*find_runs([root]), Options(**{"resamples": 200} | options))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(folder, exit code, output) of the command on two methods, two seeds and a shifted set."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        make_run(root, "map", seed, shifted=True, temperature=2.0)
+        make_run(root, "blob", seed, shifted=True, num_draws=4, noise=1.0)
+    (root / "broken").mkdir()
+    (root / "broken" / "metrics.json").write_text("{")
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        code = script().run([str(root), "--bootstrap", "200"])
+    return root / "report", code, output.getvalue()
+
+
+def test_one_command_leaves_tables_plots_and_a_page(written):
+    folder, code, output = written
+    assert code == 0
+    names = {file.name for file in folder.iterdir()}
+    assert {"report.html", "tables.md", "tables.tex", "tables.csv"} <= names
+    for plot in ("reliability", "risk-coverage", "scatter", "draws", "training"):
+        assert {f"m-bbc-headlines-{plot}.png", f"m-bbc-headlines-{plot}.pdf"} <= names
+    assert {"m-bbc-headlines-bodies-entropy.png", "m-bbc-headlines-bodies-entropy.pdf"} <= names
+    assert str(folder / "report.html")[-20:] in output and "map + temperature" in output
+
+
+def test_the_page_stands_alone_and_names_what_made_it(written):
+    text = (written[0] / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sources and all(source.startswith(("#", "data:image/png;base64,")) for source in sources)
+    assert "http://" not in text and "https://" not in text
+    assert "main.py --seed 1" in text and "c0ffee" in text and "scripts/report.py" in text
+    assert "broken" in text and "skipped:" in text and "150 examples" in text
+    anchors = set(re.findall(r'id="([^"]*)"', text))
+    assert {source[1:] for source in sources if source.startswith("#")} <= anchors
+
+
+@pytest.mark.slow
+def test_the_page_works_in_a_real_browser(written, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no chromium here")
+    # clicks on a header twice and notes the order of the rows
+    probe = """<script>
+      const table = document.querySelector("table.sortable");
+      const values = () => [...table.tBodies[0].rows].map(r => r.cells[4].dataset.value).join(" ");
+      const found = [values()];
+      for (const _ of [1, 2]) {
+        table.tHead.rows[0].cells[4].querySelector("button").click(); found.push(values());
+      }
+      document.body.dataset.found = found.join("|");
+      document.body.dataset.images =
+        [...document.images].every(i => i.complete && i.naturalWidth > 0);
+      </script></body>"""
+    page = tmp_path / "probed.html"
+    text = (written[0] / "report.html").read_text()
+    page.write_text(text.replace("</body>", probe))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    flags += "--disable-background-networking --disable-component-update --disable-sync "
+    flags += "--enable-logging=stderr --virtual-time-budget=3000 --dump-dom "
+    command = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in result.stderr, result.stderr
+    before, up, down = (
+        [float(value) for value in order.split()]
+        for order in re.search(r'data-found="([^"]*)"', result.stdout)[1].split("|")
+    )
+    assert up == sorted(before) and down == sorted(before, reverse=True)
+    assert 'data-images="true"' in result.stdout
+    assert 'aria-sort="descending"' in result.stdout
+
+
+def test_the_tables_hold_the_mean_over_seeds_of_the_metrics(tmp_path):
+    folders = [make_run(tmp_path, "blob", seed, num_draws=4) for seed in (1, 2, 3)]
+    lines = list(csv.DictReader(io.StringIO(comma_separated(report_on(tmp_path)))))
+    found = {line["metric"]: line for line in lines}
+    for key in ("acc", "ece", "nll", "brier"):
+        blocks = [json.loads((f / "metrics.json").read_text())["datasets"] for f in folders]
+        expected = np.mean([block["bbc_headlines"][key] for block in blocks])
+        assert float(found[key]["value"]) == pytest.approx(expected, abs=1e-5)
+        assert float(found[key]["low"]) <= expected <= float(found[key]["high"])
+    assert found["nll"]["n_examples"] == "150" and found["nll"]["seeds"] == "1 2 3"
+    assert found["nll"]["commits"] == "c0ffee" and found["nll"]["n_draws"] == "4"
+
+
+def test_temperature_scaling_is_a_row_of_its_own(tmp_path):
+    make_run(tmp_path, temperature=2.0)
+    (family,) = report_on(tmp_path).families
+    raw, scaled = family.rows
+    assert (raw.name, scaled.name) == ("map", "map + temperature")
+    (run,), _ = find_runs([tmp_path])
+    from utils.report.runs import read_predictions
+
+    predictions = read_predictions(run.evaluations[0])
+    log_probs = posterior_predictive(scale(torch.from_numpy(predictions.draws), 2.0))
+    expected = score(log_probs, torch.from_numpy(predictions.labels))
+    assert scaled.cells["nll"].value == pytest.approx(expected.nll)
+    assert scaled.cells["acc"].mark == raw.cells["acc"].mark == "tied", "the same predictions"
+
+
+def test_runs_of_other_settings_never_share_a_row(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, "map", seed)
+        make_run(tmp_path, "map", seed, name=f"fast-seed{seed}", lr=1e-3)
+        make_run(tmp_path, "tfb", seed, load_lora_path=f"runs/map-seed{seed}")
+    (family,) = report_on(tmp_path).families
+    assert [row.name for row in family.rows] == ["map (lr 0.0001)", "map (lr 0.001)", "tfb"]
+    assert all(len(row.results) == 2 for row in family.rows)
+
+
+def test_what_cannot_be_compared_stands_in_tables_of_its_own(tmp_path):
+    make_run(tmp_path, "map")
+    make_run(tmp_path, "mle", n=100)
+    make_run(tmp_path, "blob", num_classes=5)
+    report = report_on(tmp_path)
+    assert [len(family.rows) for family in report.families] == [1, 1, 1]
+    assert {(f.num_examples, f.num_classes) for f in report.families} == {
+        (150, 3),
+        (100, 3),
+        (150, 5),
+    }
+
+
+def test_missing_seeds_are_said(tmp_path):
+    for method, seed in (("map", 1), ("map", 2), ("blob", 1)):
+        make_run(tmp_path, method, seed)
+    (family,) = report_on(tmp_path).families
+    assert family.notes == ["blob has no seed 2."]
+
+
+def test_of_two_equal_runs_the_newer_counts(tmp_path):
+    make_run(tmp_path, name="first")
+    args = json.loads((tmp_path / "map/m/bbc_headlines/first/args.json").read_text())
+    second = make_run(tmp_path, name="second")
+    args["run"]["started"] = "2"
+    write_json(second / "args.json", args)
+    report = report_on(tmp_path)
+    assert report.num_runs == 1 and report.skipped[0].path.name == "first"
+
+
+def test_an_evaluation_in_two_steps_joins_the_run_that_trained(tmp_path):
+    source = make_run(tmp_path, "blob", num_draws=3)
+    make_run(tmp_path, "blob", num_draws=3, dataset="bodies", load_lora_path=str(source), noise=2)
+    own, shifted = report_on(tmp_path).families
+    assert shifted.shifted and shifted.source == own.dataset == "bbc_headlines"
+    assert "ood_auroc_mi" in shifted.rows[0].cells and "ood_auroc_mi" not in own.rows[0].cells
+
+
+def test_shifted_examples_are_held_against_source_examples(tmp_path):
+    make_run(tmp_path, shifted=True)
+    _, shifted = report_on(tmp_path).families
+    (run,), _ = find_runs([tmp_path])
+    from utils.report.measure import Examples
+    from utils.report.runs import read_predictions
+
+    scores = [Examples.of(read_predictions(e)).scores["entropy"] for e in run.evaluations]
+    positive = np.repeat([0.0, 1.0], [len(s) for s in scores])
+    auroc, _ = u.detection(np.concatenate(scores), positive)
+    cell = shifted.rows[0].cells["ood_auroc_entropy"]
+    assert cell.value == pytest.approx(auroc) and cell.low < auroc < cell.high
+    assert auroc > 0.6, "the shifted predictions were made flatter"
+
+
+# --- what can be wrong with a folder --------------------------------------------------------------
+
+
+def cut(folder):
+    file = folder / "predictions.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+
+
+def change(**tensors):
+    def damage(folder):
+        from safetensors.torch import load_file
+
+        file = folder / "predictions.safetensors"
+        content = load_file(file)
+        for key, make in tensors.items():
+            content[key] = make(content[key])
+        write_tensors(file, content, {"dataset": "bbc_headlines", "split": "val"})
+
+    return damage
+
+
+def with_nan(log_probs):
+    log_probs[3, 0, 0] = float("nan")
+    return log_probs
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda f: (f / "metrics.json").unlink(), "not finished"),
+        (lambda f: (f / "metrics.json").write_text("[1"), "cannot be read as JSON"),
+        (lambda f: (f / "metrics.json").write_text("[]"), "no JSON object"),
+        (lambda f: (f / "metrics.json").write_text("{}"), "no 'datasets'"),
+        (lambda f: (f / "args.json").write_bytes(b"\xff\x00"), "cannot be read as JSON"),
+        (lambda f: (f / "predictions.safetensors").unlink(), "there is no predictions"),
+        (cut, "cannot be read as safetensors"),
+        (change(log_probs=with_nan), "not numbers"),
+        (change(log_probs=lambda t: t[:, 0]), "has shapes"),
+        (change(log_probs=lambda t: t + 1), "do not add up"),
+        (change(labels=lambda t: t + 7), "outside of its 3 classes"),
+        (change(labels=lambda t: t[:9]), "has shapes"),
+        (change(index=lambda t: t * 0), "twice"),
+    ],
+)
+def test_a_damaged_run_is_left_out_with_the_reason(tmp_path, damage, reason):
+    make_run(tmp_path, "map")
+    damage(make_run(tmp_path, "blob"))
+    report = report_on(tmp_path, resamples=0)
+    assert report.num_runs == 1 and [row.name for row in report.families[0].rows] == ["map"]
+    (skipped,) = report.skipped
+    assert skipped.path.name == "blob-seed1" and reason in skipped.reason
+    assert f"skipped: {skipped.reason}" in markdown(report, MADE)
+
+
+def test_unknown_keys_and_wrong_types_do_no_harm(tmp_path):
+    folder = make_run(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics |= {"updates": "many", "training_seconds": float("nan"), "new": [1]}
+    metrics["datasets"]["bbc_headlines"] |= {"temperature_scaled": "no", "acc": "high"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "args.json").unlink()
+    report = report_on(tmp_path)
+    assert report.num_runs == 1 and not report.skipped
+    assert "metrics.json says high" in report.notes[0]
+
+
+def test_stored_metrics_that_disagree_are_said(tmp_path):
+    folder = make_run(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["datasets"]["bbc_headlines"]["nll"] += 0.1
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (note,) = report_on(tmp_path).notes
+    assert "NLL" in note
+
+
+def test_no_finished_run_is_exit_code_2(tmp_path, capsys):
+    run = script().run
+    assert run([str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err
+    assert run([str(tmp_path / "nowhere")]) == 2
+    assert "there is no" in capsys.readouterr().err
+    (make_run(tmp_path) / "metrics.json").unlink()
+    assert run([str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "skipped: not finished" in err and "no finished run" in err
+    assert run([str(tmp_path), "--bootstrap", "-1"]) == 2
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_real_run_is_reported_as_it_measured_itself(classifier_flags, tmp_path):
+    flags = [*classifier_flags, "--modelwrapper", "mcdropout", "--max-train-steps", "2"]
+    main.main([*flags, "--temperature-scaling"])
+    report = report_on(tmp_path / "out")
+    stored = json.loads((run_folder(flags) / "metrics.json").read_text())["datasets"]
+    block = stored["bbc_headlines"]
+    for row, expected in zip(
+        report.families[0].rows, (block, block["temperature_scaled"]), strict=True
+    ):
+        for key in ("acc", "ece", "nll", "brier"):
+            assert row.cells[key].value == pytest.approx(expected[key], abs=1e-5)
+    assert not report.skipped and not report.notes
+
+
+# --- significance ---------------------------------------------------------------------------------
+
+
+def replicates_of(values, resamples=4000, seed=0):
+    return np.concatenate(
+        [u.mean(values, weights) for (weights,) in resample({7: len(values)}, resamples, seed)]
+    )
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_approximation():
+    values = (np.arange(400) < 300).astype(float)
+    low, high = interval(0.75, replicates_of(values))
+    half = norm.ppf(0.975) * (0.75 * 0.25 / 400) ** 0.5
+    assert low == pytest.approx(0.75 - half, abs=0.003)
+    assert high == pytest.approx(0.75 + half, abs=0.003)
+
+
+def test_resampling_seeds_has_the_spread_of_a_mean():
+    weights = seed_weights((1, 2, 3), 20000, 0)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    values = np.array([1.0, 2.0, 6.0])
+    assert (weights @ values).std() == pytest.approx(values.std() / 3**0.5, rel=0.02)
+
+
+def test_a_paired_difference_cancels_what_both_sides_share():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 1, 500)
+    first, second = hard + rng.normal(0, 0.1, 500), hard + 0.05 + rng.normal(0, 0.1, 500)
+    values = {1: first.mean()}, {1: second.mean()}
+    replicates = {1: replicates_of(first)}, {1: replicates_of(second)}
+    difference, low, high = paired_difference(values, replicates, 4000, 0)
+    half = norm.ppf(0.975) * (first - second).std() / 500**0.5
+    assert (low, high) == pytest.approx((difference - half, difference + half), abs=0.002)
+    assert high < 0, "unpaired the two could not be told apart"
+
+
+def test_a_difference_is_taken_on_the_seeds_that_both_sides_have():
+    rng = np.random.default_rng(0)
+    replicates = [{seed: rng.normal(size=50) for seed in seeds} for seeds in ((1, 2), (2, 3))]
+    values = {1: 9.0, 2: 3.0}, {2: 1.0, 3: 0.0}
+    difference, low, high = paired_difference(values, tuple(replicates), 50, 0)
+    shift = replicates[0][2] - replicates[1][2]
+    assert difference == 2.0
+    assert (low, high) == pytest.approx(interval(2.0, shift))
+    without = {1: 9.0, 4: 3.0}, {2: 1.0, 3: 0.0}
+    replicates[0][4] = replicates[0].pop(2)
+    assert paired_difference(without, tuple(replicates), 50, 0)[0] == 5.5, "each side's own"
+
+
+def test_the_interval_of_the_ece_holds_the_estimate_of_a_calibrated_model():
+    # Resampling raises the ECE of a calibrated model: percentiles alone would miss the estimate.
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.5, 1, 300)
+    correct = (rng.random(300) < confidence).astype(float)
+    ece, _ = u.calibration_errors(confidence, correct)
+    replicates = np.concatenate(
+        [
+            u.calibration_errors(confidence, correct, 15, weights)[0]
+            for (weights,) in resample({7: 300}, 1000, 0)
+        ]
+    )
+    low, high = interval(ece, replicates, 0.0, 1.0)
+    assert replicates.mean() > ece + 0.01 and 0 <= low < ece < high
+
+
+def test_bold_is_only_what_is_better_than_every_other_row(tmp_path):
+    make_run(tmp_path, "mle", sharpness=3, noise=0.1)
+    make_run(tmp_path, "map", sharpness=3, noise=0.1)
+    make_run(tmp_path, "tfb", sharpness=9, noise=0.1)
+    (family,) = report_on(tmp_path, resamples=500).families
+    marks = {row.name: row.cells["nll"].mark for row in family.rows}
+    assert marks == {"mle": "tied", "map": "tied", "tfb": ""}
+    shutil.rmtree(tmp_path / "map")
+    (family,) = report_on(tmp_path, resamples=500).families
+    assert {row.name: row.cells["nll"].mark for row in family.rows} == {"mle": "best", "tfb": ""}
+    difference, low, _ = family.rows[1].cells["nll"].difference
+    assert family.baseline == "mle" and difference > low > 0
+
+
+def test_ranks_in_blocks_change_intervals_by_little():
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(4, 1, 6000)
+    correct = (rng.random(6000) < confidence).astype(float)
+    coarse = u.in_blocks(confidence, 2000)
+    assert len(np.unique(coarse)) == 2000 and coarse.mean() == pytest.approx(confidence.mean())
+    (weights,) = next(resample({7: 6000}, 20, 0))
+    for function in (u.area_under_risk_coverage, u.adaptive_calibration_error):
+        exact, blocks = (function(c, correct, weights=weights) for c in (confidence, coarse))
+        assert np.abs(exact - blocks).max() < 0.2 * exact.std()
+
+
+def test_the_same_seed_gives_the_same_report(tmp_path):
+    make_run(tmp_path)
+    texts = [comma_separated(report_on(tmp_path, seed=seed)) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_wilson_equals_scipy():
+    low, high = wilson(np.array([7.0]), np.array([9.0]))
+    expected = binomtest(7, 9).proportion_ci(method="wilson")
+    assert (low[0], high[0]) == pytest.approx((expected.low, expected.high), abs=1e-5)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_the_latex_tables_are_well_formed(tmp_path):
+    make_run(tmp_path, "map", dataset="d_1&2", shifted=True)
+    make_run(tmp_path, "blob", dataset="d_1&2", num_draws=3, shifted=True)
+    text = latex(report_on(tmp_path), MADE)
+    assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") >= 5
+    unescaped = re.sub(r"\\[&%$#_{}]", "", text)
+    assert unescaped.count("{") == unescaped.count("}")
+    for columns, body in re.findall(r"\\begin{tabular}{(l+r+)}(.*?)\\end", text, re.S):
+        rows = [row for row in body.split(r"\\") if " & " in row]
+        assert all(len(re.findall(r"(?<!\\)&", row)) == len(columns) - 1 for row in rows)
+    assert r"d\_1\&2" in text
+
+
+def test_a_report_without_resamples_has_no_brackets(tmp_path):
+    make_run(tmp_path, "map")
+    make_run(tmp_path, "blob")
+    text = terminal(report_on(tmp_path, resamples=0))
+    assert not re.search("[\\[†*]", text) and "blob" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n": 1}, {"sharpness": 200.0, "noise": 0.0}, {"sharpness": 0.0, "noise": 0.0}],
+    ids=["one example", "certain", "uniform"],
+)
+def test_degenerate_predictions_are_measured(tmp_path, change):
+    make_run(tmp_path, "map", **change)
+    make_run(tmp_path, "blob", num_draws=2, **change)
+    report = report_on(tmp_path, resamples=20)
+    assert not report.skipped and len(report.families[0].rows) == 2
+    assert np.isfinite(report.families[0].rows[0].cells["ece_smooth"].value)
+    markdown(report, MADE), latex(report, MADE), comma_separated(report)
+
+
+def test_seeds_of_different_commits_are_said(tmp_path):
+    make_run(tmp_path, seed=1)
+    folder = make_run(tmp_path, seed=2)
+    stored = json.loads((folder / "args.json").read_text())
+    stored["run"]["commit"] = "another"
+    write_json(folder / "args.json", stored)
+    (family,) = report_on(tmp_path, resamples=20).families
+    assert family.notes == ["The seeds of map were run at 2 different commits."]

@@ -1,0 +1,339 @@
+"""The report as one HTML file: no network, no library, tables that sort, plots inside."""
+
+from __future__ import annotations
+
+import base64
+import math
+from html import escape
+
+from utils.report import significance
+from utils.report.collect import Cell, Family, Report, Row
+from utils.report.measure import METRICS, TABLES, Metric
+from utils.report.plots import Plot
+from utils.report.tables import (
+    DIFFERENCES,
+    UNDEFINED,
+    bracket,
+    caption,
+    columns,
+    difference_caption,
+    heading,
+    number,
+    signed,
+    verdicts,
+)
+
+# The browser itself refuses anything that is not in the file.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6168; --line: #d5d9de;
+  --paper: #ffffff; --shade: #f4f6f8; --link: #0b5cad; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a2a9b1; --line: #3a4048;
+  --paper: #16181c; --shade: #1f2329; --link: #7ab7ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 88rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem;
+  padding-top: .6rem; border-top: 2px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
+a { color: var(--link); } code { font: .85em ui-monospace, Menlo, Consolas, monospace;
+  overflow-wrap: anywhere; }
+.meta, figcaption, caption, .note { color: var(--soft); font-size: .86rem; }
+.wide { overflow-x: auto; margin: .5rem 0 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+caption { caption-side: bottom; text-align: left; padding: .4rem 0; max-width: 62rem; }
+th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child, .text th, .text td { text-align: left; }
+.sortable th:first-child { position: sticky; left: 0; background: var(--paper); }
+tbody th { font-weight: 500; min-width: 8rem; }
+tbody tr:hover > * { background: var(--shade); }
+td small { display: block; color: var(--soft); font-size: .78rem; white-space: nowrap; }
+thead button { all: unset; cursor: pointer; }
+thead button:focus-visible { outline: 2px solid var(--link); }
+thead button::after { content: "\\a0\\2195"; color: var(--soft); font-size: .8em; }
+th[aria-sort=ascending] button::after { content: "\\a0\\25B2"; }
+th[aria-sort=descending] button::after { content: "\\a0\\25BC"; }
+figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; background: white;
+  border: 1px solid var(--line); border-radius: 4px; padding: 4px; }
+figcaption { max-width: 62rem; }
+.verdict { background: var(--shade); padding: .6rem 1rem .6rem 2rem; border-radius: 4px; }
+.text td { overflow-wrap: anywhere; } .text { width: 100%; } pre { white-space: pre-wrap; }
+@media print {
+  body { max-width: none; font-size: 10pt; } nav, thead button::after { display: none; }
+  figure, tr { break-inside: avoid; } .wide { overflow: visible; }
+  td, th { padding: .15rem .35rem; }
+}
+"""
+
+SCRIPT = """
+"use strict";
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+    const down = head.getAttribute("aria-sort") === "ascending";
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const key = row => row.cells[column].dataset.value;
+    const compare = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");  // what is undefined stays last
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return down ? -order : order;
+    };
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
+  }));
+}
+"""
+
+
+def page(
+    report: Report,
+    plots: dict[int, list[Plot]],
+    training: dict[int, Plot],
+    made: dict[str, str],
+) -> str:
+    """The whole page.
+
+    Args:
+        report: the numbers.
+        plots: of each family, by its position.
+        training: of each training, by its position.
+        made: command, commit and time of the report.
+    """
+    families = list(enumerate(report.families))
+    links = "".join(
+        f'<li><a href="#family-{i}">{escape(family.title)}</a>, {len(family.rows)} row(s), '
+        f"{family.num_examples} examples</li>"
+        for i, family in families
+    )
+    sections = "".join(_family(i, family, report, plots.get(i, [])) for i, family in families)
+    curves = "".join(
+        f"<h3>{escape(report.training[i].source)}, {escape(report.training[i].model)}</h3>"
+        + _figure(plot)
+        for i, plot in training.items()
+    )
+    left_out = len(report.skipped)
+    body = f"""
+<header><h1>Calibration and uncertainty report</h1>
+<p class="meta">{report.num_runs} run(s); {left_out} left out{_link_if(left_out, "skipped")}.
+Made by <code>{escape(made["command"])}</code><br>at commit <code>{escape(made["commit"])}</code>,
+{escape(made["time"])}. The commands and commits of the runs are under
+<a href="#made">What made the numbers</a>; a method's name in a table leads there.</p></header>
+<nav><ul>{links}</ul></nav>
+{sections}
+{f'<h2 id="training">Training</h2>{curves}' if curves else ""}
+{_about()}
+{_provenance(report)}
+{_skipped(report)}
+"""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Calibration and uncertainty report</title>\n<style>{STYLE}</style></head>\n"
+        f"<body>{body}<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _link_if(number_of: int, anchor: str) -> str:
+    return f' (<a href="#{anchor}">why</a>)' if number_of else ""
+
+
+def _family(position: int, family: Family, report: Report, plots: list[Plot]) -> str:
+    parts = [f'<section><h2 id="family-{position}">{escape(family.title)}</h2>']
+    sentences = verdicts(family)
+    if sentences:
+        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+        parts.append(f'<ul class="verdict">{items}</ul>')
+    parts += [f'<p class="note">{escape(note)}</p>' for note in family.notes]
+    for name, metrics in TABLES.items():
+        shown = columns(family, metrics)
+        if shown:
+            parts.append(f"<h3>{escape(name)}</h3>")
+            parts.append(_table(position, family, shown, caption(family, report, name)))
+    if len(family.rows) > 1:
+        parts.append(f"<h3>Difference from {escape(family.baseline)}</h3>")
+        parts.append(_differences(position, family, difference_caption(family, report)))
+    parts += [_figure(plot) for plot in plots]
+    return "".join(parts) + "</section>"
+
+
+def _head(titles: list[tuple[str, str]]) -> str:
+    cells = "".join(
+        f'<th scope="col" title="{escape(about)}">'
+        f'<button type="button">{escape(title)}</button></th>'
+        for title, about in titles
+    )
+    return f"<thead><tr>{cells}</tr></thead>"
+
+
+def _method(position: int, number_of: int, row: Row) -> str:
+    return (
+        f'<th scope="row" data-value="{escape(row.name)}">'
+        f'<a href="#made-{position}-{number_of}">{escape(row.name)}</a></th>'
+    )
+
+
+def _table(position: int, family: Family, shown: list[Metric], text: str) -> str:
+    head = [("method", ""), ("seeds", "number of seeds"), ("draws", "posterior draws")]
+    head += [(heading(metric), metric.about) for metric in shown]
+    lines = []
+    for i, row in enumerate(family.rows):
+        draws = row.num_draws
+        cells = [
+            _method(position, i, row),
+            f'<td data-value="{len(row.results)}" title="seeds {escape(", ".join(row.seeds))}">'
+            f"{len(row.results)}</td>",
+            f'<td data-value="{draws}">{draws}</td>',
+            *(_cell(row.cells.get(metric.key), family) for metric in shown),
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return _sortable(head, lines, text)
+
+
+def _cell(cell: Cell | None, family: Family) -> str:
+    if cell is None or not math.isfinite(cell.value):
+        return f'<td data-value="">{UNDEFINED}</td>'
+    value = number(cell.value) + ("†" if cell.mark == "tied" else "")
+    value = f"<strong>{value}</strong>" if cell.mark == "best" else value
+    about = f"{family.num_examples} examples"
+    if math.isfinite(cell.spread):
+        about += f"; standard deviation over seeds {cell.spread:.3f}"
+    interval = bracket(cell.low, cell.high)
+    return (
+        f'<td data-value="{cell.value:.9g}" title="{about}">{value}'
+        f"{f'<small>{interval}</small>' if interval else ''}</td>"
+    )
+
+
+def _differences(position: int, family: Family, text: str) -> str:
+    head = [("method", ""), *((heading(METRICS[k]), METRICS[k].about) for k in DIFFERENCES)]
+    lines = []
+    for i, row in enumerate(family.rows):
+        if row.name == family.baseline:
+            continue
+        cells = [_method(position, i, row)]
+        for key in DIFFERENCES:
+            cell = row.cells.get(key)
+            if cell is None or cell.difference is None or not math.isfinite(cell.difference[0]):
+                cells.append(f'<td data-value="">{UNDEFINED}</td>')
+                continue
+            value, low, high = cell.difference
+            shown = signed(value)
+            if significance.is_significant(low, high):
+                shown = f"<strong>{shown}</strong>"
+            cells.append(
+                f'<td data-value="{value:.9g}">{shown}<small>{bracket(low, high)}</small></td>'
+            )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return _sortable(head, lines, text)
+
+
+def _sortable(head: list[tuple[str, str]], lines: list[str], text: str) -> str:
+    return (
+        f'<div class="wide"><table class="sortable">'
+        f"{_head(head)}<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<p class="note">{escape(text)}</p>'
+    )
+
+
+def _figure(plot: Plot) -> str:
+    data = base64.b64encode(plot.png.read_bytes()).decode()
+    files = f"{plot.png.name}, {plot.png.with_suffix('.pdf').name}"
+    return (
+        f'<figure><img alt="{escape(plot.caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(plot.caption)} Files: {escape(files)}.</figcaption></figure>"
+    )
+
+
+def _about() -> str:
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(heading(metric))}</th><td>{escape(name)}</td>"
+        f"<td>{escape(metric.about)}</td></tr>"
+        for name, metrics in TABLES.items()
+        for metric in metrics
+    )
+    return (
+        '<h2 id="about">What is measured, and how it is tested</h2>'
+        '<p class="note">FPR@95: the share of errors (of shifted examples) that is kept at the '
+        "threshold that keeps 95 % of the correct answers (of the source examples). Equations and "
+        "references are in the docstrings of <code>utils/uncertainty.py</code> and "
+        "<code>utils/metrics.py</code>. A row “+ temperature” is the run above it with its logits "
+        "divided by the temperature that the run fitted on held-out training rows.</p>"
+        f'<div class="wide"><table class="text"><tbody>{rows}</tbody></table></div>'
+        f"{_plain_method()}"
+    )
+
+
+def _plain_method() -> str:
+    paragraphs = METHOD.strip().split("\n\n")
+    return "".join(f"<p>{escape(' '.join(p.split()))}</p>" for p in paragraphs)
+
+
+METHOD = """
+Resamples: each draws n of the n examples with replacement. All methods and seeds of a table see
+the same resamples, so differences are paired. Where a row has several seeds they are the outer
+level: each resample also draws S of the S seeds with replacement, for a difference the seeds that
+both sides have. A row's value is the mean over its seeds of the metric on all examples.
+
+Intervals are 95 %: quantiles of the resampled values around their mean, put around the estimate
+and cut to the metric's range. Resampling repeats examples, which raises binned calibration
+errors; centring takes that shift out again. Ranks of more than 2000 examples are resampled in
+2000 blocks. Smooth ECE keeps the sample's bandwidth.
+
+Limits: binned calibration errors are biased upwards, the more the fewer examples there are (in a
+simulation of docs/log.md a perfectly calibrated model has a mean ECE of 0.044 on 200 examples and
+0.014 on 2000, with 15 bins). An interval lies around the value with its bias. ACC, NLL and the
+Brier score have no such bias. With one seed an interval holds the noise of the test examples
+only; with two or three, resampling seeds understates how much seeds vary. Nothing is corrected
+for the number of comparisons.
+"""
+
+
+def _provenance(report: Report) -> str:
+    rows = []
+    for i, family in enumerate(report.families):
+        for j, row in enumerate(family.rows):
+            for k, result in enumerate(row.results):
+                made = result.evaluation.provenance
+                anchor = f' id="made-{i}-{j}"' if k == 0 else ""
+                scaled = (
+                    f"<br>logits divided by {result.temperature:.3f}" if result.temperature else ""
+                )
+                shown = "<br>".join(
+                    escape(text)
+                    for text in (made["started"], made["host"], f"{result.run.updates} updates")
+                    if text
+                )
+                rows.append(
+                    f"<tr{anchor}><td>{escape(family.dataset)}: {escape(row.name)}, seed "
+                    f"{escape(result.run.seed_name)}{scaled}</td>"
+                    f"<td><code>{escape(made['command'] or 'unknown')}</code></td>"
+                    f"<td><code>{escape(made['commit'] or 'unknown')}</code></td><td>{shown}</td>"
+                    f"<td>{escape(str(result.evaluation.file))}</td></tr>"
+                )
+    return (
+        '<h2 id="made">What made the numbers</h2><div class="wide"><table class="text"><thead><tr>'
+        "<th>row</th><th>command</th><th>commit</th><th>when, where</th><th>file</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _skipped(report: Report) -> str:
+    parts = []
+    if report.skipped:
+        rows = "".join(
+            f"<tr><td>{escape(str(s.path))}</td><td>skipped: {escape(s.reason)}</td></tr>"
+            for s in report.skipped
+        )
+        parts.append(
+            f'<h2 id="skipped">Left out</h2><div class="wide"><table class="text">'
+            f"<tbody>{rows}</tbody></table></div>"
+        )
+    if report.notes:
+        items = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+        parts.append(f'<h2 id="notes">Stored metrics that disagree</h2><ul>{items}</ul>')
+    return "".join(parts)

@@ -1,0 +1,356 @@
+"""The report's figures, as PNG and PDF.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; every row also has a marker and a
+line style of its own, so that a print without colours can be read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.checkpoint import write_atomically
+from utils.report.collect import Family, Row, Training
+from utils.report.measure import COVERAGE_GRID, ENTROPY_BINS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
+MARKERS = "osD^vPX*"
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
+MOST = len(COLOURS)  # rows in a figure
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "figure.facecolor": "white",
+    "pdf.fonttype": 42,  # text that an editor can still read
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure on disk.
+
+    Attributes:
+        caption: what to look for.
+        png: the file; the PDF stands beside it.
+    """
+
+    name: str
+    caption: str
+    png: Path
+
+
+def draw_family(family: Family, source: Family | None, stem: str, folder: Path) -> list[Plot]:
+    """All plots of one table.
+
+    Args:
+        source: the unshifted family of a shifted one, if it was evaluated.
+        stem: of the files' names.
+    """
+    drawn: list[tuple[str, Callable, str]] = [
+        ("reliability", _reliability, RELIABILITY),
+        ("risk-coverage", _risk_coverage, RISK_COVERAGE),
+        ("scatter", _scatter, SCATTER),
+    ]
+    if any(len(r.results[0].curves.draws) > 1 for r in family.rows):
+        drawn.append(("draws", _draws, DRAWS))
+    if family.shifted and source is not None:
+        drawn.append(("entropy", partial(_entropy, source=source), ENTROPY))
+    rows = shown_rows(family)
+    left_out = (
+        f" Shown are the {MOST} rows with the lowest NLL of {len(family.rows)}."
+        if len(rows) < len(family.rows)
+        else ""
+    )
+    return [
+        _save(name, text + left_out, lambda draw=draw: draw(family, rows), stem, folder)
+        for name, draw, text in drawn
+    ]
+
+
+def draw_training(training: Training, stem: str, folder: Path) -> Plot | None:
+    """Training curves, if there are any."""
+    having = {
+        name: runs
+        for name, runs in training.curves.items()
+        if any(run["train"] or run["eval"] for run in runs)
+    }
+    if not having:
+        return None
+    return _save("training", TRAINING, lambda: _training(having), stem, folder)
+
+
+def shown_rows(family: Family) -> list[Row]:
+    """At most `MOST` rows, those with the lowest NLL, in the table's order."""
+    by_nll = sorted(family.rows, key=lambda row: row.cells["nll"].value)[:MOST]
+    return [row for row in family.rows if row in by_nll]
+
+
+def _save(name: str, caption: str, draw: Callable[[], Figure], stem: str, folder: Path) -> Plot:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    png = folder / f"{stem}-{name}.png"
+    with plt.rc_context(STYLE):
+        figure = draw()
+        figure.get_layout_engine().execute(figure)  # once, not for every file
+        figure.set_layout_engine("none")
+        for file in (png, png.with_suffix(".pdf")):
+            kind = file.suffix[1:]
+            # no date inside: the same numbers give the same file
+            metadata = {"CreationDate": None} if kind == "pdf" else None
+            write_atomically(
+                file,
+                lambda temporary, kind=kind, metadata=metadata: figure.savefig(
+                    temporary, format=kind, dpi=150, metadata=metadata
+                ),
+            )
+        plt.close(figure)
+    return Plot(name, caption, png)
+
+
+def _axes(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tuple[Figure, list]:
+    import matplotlib.pyplot as plt
+
+    down = math.ceil(count / 4)
+    across = math.ceil(count / down)
+    figure, axes = plt.subplots(
+        down, across, figsize=(width * across, height * down), squeeze=False, **kwargs
+    )
+    flat = list(axes.flat)
+    for unused in flat[count:]:
+        unused.set_visible(False)
+    for ax in flat[:count]:
+        ax.tick_params(labelbottom=True)
+    figure.set_layout_engine("constrained")
+    return figure, flat[:count]
+
+
+def _styles(rows: list) -> Iterator[tuple]:
+    for position, row in enumerate(rows):
+        style = {"color": COLOURS[position % MOST], "linestyle": LINES[position % MOST]}
+        yield row, style, MARKERS[position % MOST]
+
+
+def _mean_curve(row: Row, curve: Callable) -> np.ndarray:
+    return np.mean([curve(result.curves) for result in row.results], axis=0)
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+RELIABILITY = (
+    "Reliability: accuracy (dots, 95 % Wilson intervals) against confidence, bin by bin. On the "
+    "diagonal a prediction is as often right as it claims; below it the method is over-confident. "
+    "Grey bars: the share of the examples in each bin, with the number over the larger ones; a dot "
+    "over a short bar means little. Several seeds: mean over seeds, intervals as if of one."
+)
+
+
+def _reliability(family: Family, rows: list[Row]) -> Figure:
+    figure, axes = _axes(len(rows), sharex=True, sharey=True)
+    for (row, style, marker), ax in zip(_styles(rows), axes, strict=True):
+        counts, confidence, right = _mean_curve(row, lambda c: c.bins)
+        filled = counts > 0
+        n = np.maximum(counts, 1e-12)
+        accuracy, at = right / n, confidence / n
+        low, high = wilson(right, n)
+        edges = np.linspace(0, 1, len(counts) + 1)
+        ax.bar(edges[:-1], counts / counts.sum(), np.diff(edges), align="edge", color="0.85")
+        for edge, width, count in zip(edges, np.diff(edges), counts, strict=False):
+            if count >= 0.08 * counts.sum():
+                ax.text(
+                    edge + width / 2,
+                    count / counts.sum() + 0.01,
+                    f"{count:.0f}",
+                    ha="center",
+                    fontsize=6,
+                    color="0.4",
+                )
+        ax.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
+        ax.errorbar(
+            at[filled],
+            accuracy[filled],
+            yerr=np.clip([(accuracy - low)[filled], (high - accuracy)[filled]], 0, 1),
+            color=style["color"],
+            marker=marker,
+            markersize=4,
+            linewidth=1,
+            elinewidth=0.8,
+            capsize=2,
+        )
+        ece = row.cells["ece"]
+        ax.set_title(f"{_short(row.name)}\nECE {ece.value:.3f} [{ece.low:.3f}, {ece.high:.3f}]")
+        ax.set(xlim=(0, 1), ylim=(0, 1.05), xlabel="confidence")
+    axes[0].set_ylabel("accuracy; share of examples")
+    return figure
+
+
+def wilson(successes: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % score intervals of a proportion (Wilson 1927); trials need not be whole numbers."""
+    z = 1.959964
+    p = successes / trials
+    centre = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z * np.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2)) / (1 + z**2 / trials)
+    return centre - half, centre + half
+
+
+RISK_COVERAGE = (
+    "Risk and coverage: the error rate when only the most confident share of the examples is "
+    "answered. A curve that falls towards the left knows its errors; one that rises there is sure "
+    "where it is wrong. The right end is the plain error rate."
+)
+
+
+def _risk_coverage(family: Family, rows: list[Row]) -> Figure:
+    figure, (ax,) = _axes(1, 4.6, 3.2)
+    for row, style, _ in _styles(rows):
+        label = f"{_short(row.name)} (AURC {row.cells['aurc'].value:.3f})"
+        ax.plot(COVERAGE_GRID, _mean_curve(row, lambda c: c.risk), label=label, **style)
+    ax.set(xlabel="coverage", ylabel="error rate", xlim=(0, 1), ylim=(0, None))
+    _legend(ax)
+    return figure
+
+
+SCATTER = (
+    "Accuracy and calibration: up and to the left is better. Where the 95 % intervals are wide "
+    "against the distances, the order of the methods says little; the tables test the differences "
+    "on the same examples, which is sharper than comparing intervals."
+)
+
+
+def _scatter(family: Family, rows: list[Row]) -> Figure:
+    figure, (ax,) = _axes(1, 5.8, 3.2)
+    for row, style, marker in _styles(rows):
+        ece, acc = row.cells["ece"], row.cells["acc"]
+        ax.errorbar(
+            ece.value,
+            acc.value,
+            xerr=_around(ece),
+            yerr=_around(acc),
+            marker=marker,
+            color=style["color"],
+            linestyle="",
+            elinewidth=0.8,
+            capsize=2,
+            label=_short(row.name),
+        )
+    ax.set(xlabel="ECE", ylabel="accuracy")
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # intervals lie everywhere
+    return figure
+
+
+def _around(cell) -> list[list[float]]:
+    """How far the interval reaches down and up."""
+    ends = cell.value - cell.low, cell.high - cell.value
+    return [[max(0.0, end) if math.isfinite(end) else 0.0] for end in ends]
+
+
+DRAWS = (
+    "Number of draws: NLL and ECE of the mean of the first 1, 2, ... draws. Where the curve is "
+    "flat, more draws are not worth their time. Point estimates are a single point."
+)
+
+
+def _draws(family: Family, rows: list[Row]) -> Figure:
+    figure, axes = _axes(2, 3.6, 3.0)
+    for column, (ax, title) in enumerate(zip(axes, ("NLL", "ECE"), strict=True), start=1):
+        for row, style, marker in _styles(rows):
+            shortest = min(len(result.curves.draws) for result in row.results)
+            points = np.mean([r.curves.draws[:shortest] for r in row.results], axis=0)
+            ax.plot(
+                points[:, 0],
+                points[:, column],
+                marker=marker,
+                markersize=4,
+                label=_short(row.name),
+                **style,
+            )
+        ax.set(xlabel="draws", ylabel=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    _legend(axes[1])
+    return figure
+
+
+ENTROPY = (
+    "Entropy of the predictions on source (filled) and shifted examples (line), as shares of the "
+    "examples. A method that notices the shift moves the line to the right of the filled area; "
+    "the AUROC says how well the two can be told apart. Shifted data that are easier than the "
+    "source need not look uncertain."
+)
+
+
+def _entropy(family: Family, rows: list[Row], source: Family) -> Figure:
+    by_name = {row.name: row for row in source.rows}
+    rows = [row for row in rows if row.name in by_name]
+    figure, axes = _axes(len(rows), sharex=True, sharey=True)
+    edges = np.linspace(0, math.log(family.num_classes), ENTROPY_BINS + 1)
+    for (row, style, _), ax in zip(_styles(rows), axes, strict=True):
+        own = _mean_curve(by_name[row.name], lambda c: c.entropy)
+        shifted = _mean_curve(row, lambda c: c.entropy)
+        ax.stairs(own, edges, fill=True, color="0.8", label=_short(source.dataset))
+        ax.stairs(shifted, edges, color=style["color"], linewidth=1.4, label=_short(family.dataset))
+        auroc = row.cells.get("ood_auroc_entropy")
+        told = f"\nAUROC {auroc.value:.3f}" if auroc else ""
+        ax.set_title(f"{_short(row.name)}{told}")
+        ax.set(xlabel="entropy (nats)")
+    axes[0].set_ylabel("share of examples")
+    _legend(axes[0])
+    return figure
+
+
+TRAINING = (
+    "Training: NLL of the batches over the updates, smoothed (running mean over a twentieth of the "
+    "run), mean over seeds; markers: NLL of the evaluations while training. A training curve that "
+    "goes on falling while the markers rise is over-fitting. Ensembles show all members in turn."
+)
+
+
+def _training(having: dict[str, list[dict[str, list[tuple[int, float]]]]]) -> Figure:
+    figure, (ax,) = _axes(1, 5.2, 3.2)
+    for (name, runs), style, marker in _styles(list(having.items())[:MOST]):
+        steps, nll = _mean_of(run["train"] for run in runs)
+        if len(steps):
+            width = max(1, len(nll) // 20)
+            ends = np.convolve(np.ones_like(nll), np.ones(width), "same")
+            smooth = np.convolve(nll, np.ones(width), "same") / ends
+            ax.plot(steps, smooth, label=_short(name), linewidth=1.3, **style)
+        steps, nll = _mean_of(run["eval"] for run in runs)
+        if len(steps):
+            ax.plot(steps, nll, marker=marker, linestyle="", color=style["color"], markersize=4)
+    ax.set(xlabel="update", ylabel="NLL (nats)", ylim=(0, None))
+    _legend(ax)
+    return figure
+
+
+def _mean_of(curves) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the mean over the curves that have each step."""
+    by_step: dict[int, list[float]] = {}
+    for curve in curves:
+        for step, nll in curve:
+            by_step.setdefault(step, []).append(nll)
+    steps = sorted(by_step)
+    return np.array(steps), np.array([np.mean(by_step[step]) for step in steps])
+
+
+def _short(name: str, most: int = 34) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _legend(ax: Axes) -> None:
+    ax.legend(frameon=False)

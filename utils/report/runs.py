@@ -1,0 +1,329 @@
+"""Finished runs below some folders, and what they predicted; unusable ones with the reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from utils.args import NOT_REPEATED, WITHOUT_EFFECT
+from utils.checkpoint import read_json
+from utils.errors import UsageError
+
+# Flags that say where and how a run was kept, watched or repeated, not what it computed. Two runs
+# that differ in nothing else belong to one row of the tables.
+NOT_SETTINGS = frozenset(
+    {
+        *("modelwrapper", "model", "dataset", "testing_set", "limit_eval"),  # of the table itself
+        *("seed", "seed_data", "seed_sampling"),
+        *("log_path", "checkpoint_name", "output_dir", "checkpoint", "save_per_steps", "device"),
+        *("tracker", "nowand", "wandb_entity", "wandb_project", "wandb_name"),
+        *("eval_per_steps", "eval_steps", "eval_batch_size", "bayes_eval_n_samples", "num_bins"),
+        *("ood_datasets", "ood_ori_dataset"),
+        *NOT_REPEATED,
+        *WITHOUT_EFFECT,
+    }
+)
+NOT_RUNS = ("state", "wandb", "tensorboard")  # folders that hold no run
+SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?\d+")
+
+
+class Unusable(Exception):
+    """A run or a file that the report leaves out; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that was left out, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One data set that a run was evaluated on.
+
+    Attributes:
+        file: its predictions.
+        shifted: whether it is another data set than the posterior's own.
+        temperature: fitted on held-out rows, if the run has --temperature-scaling.
+        stored: the block of metrics.json.
+        provenance: command, commit, host, started of the run that evaluated; "" where unknown.
+    """
+
+    dataset: str
+    file: Path
+    provenance: dict[str, str]
+    shifted: bool
+    temperature: float | None
+    stored: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        seeds: (--seed, --seed-data, --seed-sampling), what tells repetitions apart.
+        settings: flags that say what was computed, without those of `NOT_SETTINGS`.
+        adapter: --load-lora-path.
+    """
+
+    folder: Path
+    method: str
+    model: str
+    dataset: str
+    seeds: tuple[Any, ...]
+    settings: dict[str, Any]
+    adapter: Path | None
+    started: str
+    updates: int | None
+    training_seconds: float | None
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def seed_name(self) -> str:
+        """The seed, and the other two where they differ from it."""
+        return "/".join(map(str, self.seeds if len(set(self.seeds)) > 1 else self.seeds[:1]))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Draws in the order of their index.
+
+    Attributes:
+        draws: log-probabilities, (n, N, C), float64.
+        labels: (n,)
+        index: (n,) rows in their split.
+        split: of the data set.
+        fingerprint: of data set, split, index, labels and the number of classes.
+    """
+
+    draws: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    split: str
+    fingerprint: int
+
+
+def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
+    """The finished runs at or below `paths`, and what was left out.
+
+    Of several runs with the same method, settings and seeds the newest counts.
+
+    Raises:
+        UsageError: a path does not exist.
+    """
+    runs: list[Run] = []
+    skipped: list[Skipped] = []
+    seen: set[Path] = set()
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"there is no {path}; give folders of runs, such as checkpoints.")
+        if not path.is_dir():
+            raise UsageError(f"{path} is a file; give a run's folder, or one above it.")
+        for folder in _run_folders(path):
+            if folder.resolve() in seen:
+                continue
+            seen.add(folder.resolve())
+            try:
+                runs.append(read_run(folder))
+            except Unusable as error:
+                skipped.append(Skipped(folder, str(error)))
+    return _join_shifted(_newest(runs, skipped)), skipped
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    for folder, children, files in os.walk(root):
+        children[:] = sorted(c for c in children if c not in NOT_RUNS and not c.startswith("."))
+        if "metrics.json" in files or "args.json" in files:
+            yield Path(folder)
+
+
+def _newest(runs: list[Run], skipped: list[Skipped]) -> list[Run]:
+    kept: dict[Any, Run] = {}
+    for run in sorted(runs, key=lambda run: (run.started, str(run.folder))):
+        key = (run.method, run.model, run.dataset, run.seeds, settings_key(run.settings))
+        if key in kept:
+            reason = f"the same method, settings and seed as {run.folder}, which is newer"
+            skipped.append(Skipped(kept[key].folder, reason))
+        kept[key] = run
+    return sorted(kept.values(), key=lambda run: str(run.folder))
+
+
+def _join_shifted(runs: list[Run]) -> list[Run]:
+    """A run that only evaluated an earlier one's posterior on another data set joins that run."""
+    by_folder = {run.folder.resolve(): run for run in runs}
+    kept = []
+    for run in runs:
+        source = by_folder.get(run.adapter.resolve()) if run.adapter else None
+        if source is None or source.method != run.method or run.dataset == source.dataset:
+            kept.append(run)
+            continue
+        known = {evaluation.dataset for evaluation in source.evaluations}
+        own = [e for e in run.evaluations if e.dataset == run.dataset and e.dataset not in known]
+        source.evaluations.extend(replace(e, shifted=True) for e in own)
+    return kept
+
+
+def settings_key(settings: dict[str, Any]) -> str:
+    """Settings as one text that is equal where they are."""
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def read_run(folder: Path) -> Run:
+    """What a run's folder says of itself.
+
+    Raises:
+        Unusable: it is not finished, or a file is damaged.
+    """
+    if not (folder / "metrics.json").is_file():
+        states = sorted((folder / "state").glob("step-*"))
+        at = f" (interrupted after update {int(states[-1].name[5:])})" if states else ""
+        raise Unusable(f"not finished: there is no metrics.json{at}")
+    metrics = _read_object(folder / "metrics.json")
+    stored = _read_object(folder / "args.json") if (folder / "args.json").is_file() else {}
+    args, made = (_object(stored.get(key)) for key in ("args", "run"))
+    method = metrics.get("modelwrapper") or args.get("modelwrapper")
+    model = metrics.get("model") or args.get("model")
+    blocks = metrics.get("datasets")
+    if not isinstance(method, str) or not isinstance(model, str):
+        raise Unusable("metrics.json names no modelwrapper or no model")
+    if not isinstance(blocks, dict) or not blocks:
+        raise Unusable("metrics.json has no 'datasets'")
+    dataset = str(args.get("dataset") or next(iter(blocks))).rpartition(":")[2]
+    if dataset not in blocks:
+        raise Unusable(f"metrics.json has no block for the run's data set {dataset}")
+    seed = metrics.get("seed", args.get("seed"))
+    settings = {
+        key: SEED_IN_NAME.sub("", value) if isinstance(value, str) else value
+        for key, value in args.items()
+        if key not in NOT_SETTINGS and value not in (None, False, "", [])
+    }
+    if not args:  # nothing but its name tells it from other runs
+        settings = {"folder": SEED_IN_NAME.sub("", folder.name)}
+    command = made.get("command")
+    provenance = {
+        "command": " ".join(map(str, command)) if isinstance(command, list) else "",
+        **{key: str(made.get(key) or "") for key in ("commit", "host", "started")},
+    }
+    adapter = args.get("load_lora_path")
+    run = Run(
+        folder=folder,
+        method=method.rpartition(":")[2],
+        model=Path(model).name if os.path.isabs(model) else model,
+        dataset=dataset,
+        seeds=(seed, args.get("seed_data", seed), args.get("seed_sampling", seed)),
+        settings=settings,
+        adapter=Path(adapter) if isinstance(adapter, str) else None,
+        started=provenance["started"],
+        updates=metrics.get("updates") if isinstance(metrics.get("updates"), int) else None,
+        training_seconds=_number(metrics.get("training_seconds")),
+    )
+    for name, block in blocks.items():
+        shifted = name != dataset
+        stem = f"predictions-{name}" if shifted else "predictions"
+        block = _object(block)
+        temperature = _number(_object(block.get("temperature_scaled")).get("temperature"))
+        if temperature is not None and temperature <= 0:
+            temperature = None
+        file = folder / f"{stem}.safetensors"
+        run.evaluations.append(Evaluation(name, file, provenance, shifted, temperature, block))
+    return run
+
+
+def read_predictions(evaluation: Evaluation) -> Predictions:
+    """The stored draws, checked.
+
+    Raises:
+        Unusable: the file is missing, cut short, of another data set, or its numbers are none.
+    """
+    file = evaluation.file
+    if not file.is_file():
+        raise Unusable(f"there is no {file.name}")
+    try:
+        with safe_open(file, framework="np") as content:
+            metadata = content.metadata() or {}
+            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+    except Exception as error:
+        if isinstance(error, OSError | TypeError) or type(error).__name__ == "SafetensorError":
+            raise Unusable(f"{file.name} cannot be read as safetensors ({error})") from None
+        raise
+    missing = {"log_probs", "labels", "index"} - tensors.keys()
+    if missing:
+        raise Unusable(f"{file.name} has no {' and no '.join(sorted(missing))}")
+    draws, labels, index = (tensors[key] for key in ("log_probs", "labels", "index"))
+    if metadata.get("dataset", evaluation.dataset) != evaluation.dataset:
+        raise Unusable(f"{file.name} is of {metadata['dataset']}, not of {evaluation.dataset}")
+    fits = draws.ndim == 3 and 0 not in draws.shape
+    if not fits or not labels.shape == index.shape == draws.shape[:1]:
+        shapes = ", ".join(str(tuple(a.shape)) for a in (draws, labels, index))
+        raise Unusable(f"{file.name} has shapes {shapes}, not (n, N, C), (n,), (n,)")
+    if draws.dtype.kind != "f" or labels.dtype.kind not in "iu" or index.dtype.kind not in "iu":
+        raise Unusable(f"{file.name} holds {draws.dtype}, {labels.dtype}, {index.dtype}")
+    if not np.isfinite(draws).all():
+        broken = int((~np.isfinite(draws)).any((1, 2)).sum())
+        raise Unusable(f"{file.name} has predictions of {broken} row(s) that are not numbers")
+    if labels.min() < 0 or labels.max() >= draws.shape[2]:
+        raise Unusable(f"{file.name} has labels outside of its {draws.shape[2]} classes")
+    if len(np.unique(index)) != len(index):
+        raise Unusable(f"{file.name} holds a row of the data set twice")
+    order = np.argsort(index)
+    draws = draws[order].astype(float)
+    labels, index = labels[order].astype(np.int64), index[order].astype(np.int64)
+    mass = np.logaddexp.reduce(draws, axis=-1)
+    if np.abs(mass).max() > 1e-3:
+        raise Unusable(f"{file.name} holds probabilities that do not add up to 1")
+    split = str(metadata.get("split") or evaluation.stored.get("split") or "?")
+    examples = np.concatenate([[draws.shape[2]], index, labels]).tobytes()
+    fingerprint = zlib.crc32(f"{evaluation.dataset} {split} ".encode() + examples)
+    return Predictions(draws, labels, index, split, fingerprint)
+
+
+def read_history(run: Run) -> dict[str, list[tuple[int, float]]]:
+    """(update, NLL) of training and of evaluations while training, without broken lines."""
+    curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
+    try:
+        lines = (run.folder / "history.jsonl").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return curves
+    for line in lines:
+        try:
+            record = _object(json.loads(line))
+        except ValueError:  # a kill may cut a line in half
+            continue
+        step = _number(record.get("step"))
+        for name, source in (("train", record), ("eval", _object(record.get("eval")))):
+            nll = _number(source.get("nll"))
+            if step is not None and nll is not None:
+                curves[name].append((int(step), nll))
+    return curves
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = read_json(file, file.name)
+    except UsageError as error:
+        raise Unusable(str(error)) from None
+    if not isinstance(content, dict):
+        raise Unusable(f"{file.name} holds no JSON object")
+    return content
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None

@@ -1,0 +1,307 @@
+"""Rows as text: the terminal's short table, Markdown, LaTeX (booktabs), CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+
+from utils.report.collect import Cell, Family, Report, Row
+from utils.report.measure import METRICS, TABLES, Metric
+
+SHORT = ("acc", "ece", "nll", "brier")  # of the terminal
+DIFFERENCES = ("acc", "ece", "ece_smooth", "nll", "brier", "aurc")
+UNDEFINED = "–"
+ARROWS = {"low": "↓", "high": "↑", "": ""}
+
+BRACKETS = "In brackets: 95 % bootstrap interval. "
+RULE = (
+    "Bold: better than every other row, the paired 95 % interval of each difference excludes 0. "
+    "†: where no row is, the best one and those not told apart from it. "
+    f"{BRACKETS}"
+)
+LATEX_ESCAPES = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "\N{NO-BREAK SPACE}": "~",
+    "^": r"\textasciicircum{}",
+    "†": r"$^\dagger$",
+    "–": "--",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+}
+
+
+def number(value: float) -> str:
+    """Three decimals; `UNDEFINED` for what is not a number."""
+    return f"{value:.3f}" if math.isfinite(value) else UNDEFINED
+
+
+def bracket(low: float, high: float) -> str:
+    """The interval, or nothing where there is none."""
+    return f"[{low:.3f}, {high:.3f}]" if math.isfinite(low) and math.isfinite(high) else ""
+
+
+def signed(value: float) -> str:
+    """With its sign."""
+    return f"{value:+.3f}" if math.isfinite(value) else UNDEFINED
+
+
+def columns(family: Family, metrics: tuple[Metric, ...]) -> list[Metric]:
+    """The metrics that some row has a number for."""
+    return [
+        metric
+        for metric in metrics
+        if any(
+            metric.key in row.cells and math.isfinite(row.cells[metric.key].value)
+            for row in family.rows
+        )
+    ]
+
+
+def heading(metric: Metric) -> str:
+    """The title, with an arrow to where it is better; the two stay on one line."""
+    return f"{metric.title}\N{NO-BREAK SPACE}{ARROWS[metric.better]}".strip()
+
+
+def caption(family: Family, report: Report, name: str) -> str:
+    """What every table says of itself."""
+    return (
+        f"{name}: {family.title}. {family.num_examples} examples, {family.num_classes} classes, "
+        f"{report.options.num_bins} bins, {report.options.resamples} resamples of examples and "
+        f"seeds. {RULE if report.options.resamples else ''}"
+    )
+
+
+def difference_caption(family: Family, report: Report) -> str:
+    """What the table of differences says of itself."""
+    return (
+        f"Difference from {family.baseline}: {family.title}. Paired bootstrap on the same "
+        f"{family.num_examples} examples and the same seeds, {report.options.resamples} resamples. "
+        "Bold: the 95 % interval excludes 0."
+    )
+
+
+def verdicts(family: Family) -> list[str]:
+    """Is a row better, in what, and is the difference real: one sentence per metric."""
+    sentences = []
+    for key in SHORT:
+        metric = METRICS[key]
+        marked = [row for row in family.rows if key in row.cells and row.cells[key].mark]
+        if not marked:
+            continue
+        pick = min if metric.better == "low" else max
+        best = pick(marked, key=lambda row: row.cells[key].value)
+        sentence = (
+            f"{metric.title}: {best.name} has the best value, {number(best.cells[key].value)}"
+        )
+        others = [row.name for row in marked if row is not best]
+        if not others:
+            sentence += ", significantly better than every other row"
+        elif len(others) == len(family.rows) - 1:
+            sentence += ", but no row can be told apart from it"
+        elif len(others) > 4:
+            sentence += f", {len(others)} of the other rows cannot be told apart from it"
+        else:
+            sentence += f", not told apart from it: {', '.join(others)}"
+        sentences.append(sentence + ".")
+    return sentences
+
+
+# --- terminal -------------------------------------------------------------------------------------
+
+
+def terminal(report: Report) -> str:
+    """Accuracy, ECE, NLL and Brier score of every row, `best` as **, `tied` as †."""
+    blocks = []
+    for family in report.families:
+        head = ["method", "seeds", "draws", *(METRICS[key].title for key in SHORT)]
+        lines = [head] + [
+            [row.name, str(len(row.results)), row.num_draws]
+            + [_plain(row.cells.get(key), bold="{}*") for key in SHORT]
+            for row in family.rows
+        ]
+        blocks.append(f"{family.title}: {family.num_examples} examples\n{_aligned(lines)}")
+    if report.options.resamples:
+        blocks.append(
+            "[95 % bootstrap interval]  *: better than every other row, significantly  "
+            "†: best, or not told apart from it"
+        )
+    return "\n\n".join(blocks)
+
+
+def _plain(cell: Cell | None, bold: str) -> str:
+    if cell is None:
+        return UNDEFINED
+    value = number(cell.value) + ("†" if cell.mark == "tied" else "")
+    value = bold.format(value) if cell.mark == "best" else value
+    return f"{value} {bracket(cell.low, cell.high)}".strip()
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def markdown(report: Report, made: dict[str, str]) -> str:
+    """All tables, each under its caption."""
+    parts = [f"Made by `{made['command']}` at commit {made['commit']}, {made['time']}."]
+    for family in report.families:
+        parts.append(f"## {family.title}")
+        for name, metrics in TABLES.items():
+            shown = columns(family, metrics)
+            if not shown:
+                continue
+            lines = [["method", "seeds", "draws", *map(heading, shown)]]
+            for row in family.rows:
+                cells = [_plain(row.cells.get(m.key), bold="**{}**") for m in shown]
+                lines.append([row.name, str(len(row.results)), row.num_draws, *cells])
+            parts += [f"### {name}", caption(family, report, name), _aligned(_escape_pipes(lines))]
+        if len(family.rows) > 1:
+            lines = [["method", *(heading(METRICS[key]) for key in DIFFERENCES)]]
+            for row in family.rows:
+                if row.name != family.baseline:
+                    cells = [_plain_difference(row, key, "**{}**") for key in DIFFERENCES]
+                    lines.append([row.name, *cells])
+            parts += [f"### Difference from {family.baseline}", difference_caption(family, report)]
+            parts.append(_aligned(_escape_pipes(lines)))
+        parts += [f"- {note}" for note in family.notes]
+    if report.skipped:
+        parts.append("## Left out")
+        parts.append("\n".join(f"- {s.path}: skipped: {s.reason}" for s in report.skipped))
+    return "\n\n".join(parts) + "\n"
+
+
+def _escape_pipes(lines: list[list[str]]) -> list[list[str]]:
+    return [[cell.replace("|", "\\|") for cell in line] for line in lines]
+
+
+def _plain_difference(row: Row, key: str, bold: str) -> str:
+    cell = row.cells.get(key)
+    if cell is None or cell.difference is None:
+        return UNDEFINED
+    value, low, high = cell.difference
+    text = signed(value)
+    text = bold.format(text) if low > 0 or high < 0 else text
+    return f"{text} {bracket(low, high)}".strip()
+
+
+# --- LaTeX ----------------------------------------------------------------------------------------
+
+
+def latex(report: Report, made: dict[str, str]) -> str:
+    r"""All tables for `\input`; the preamble needs \usepackage{booktabs}."""
+    parts = [
+        f"% Made by {_one_line(made['command'])}\n% commit {made['commit']}, {made['time']}\n"
+        "% Needs \\usepackage{booktabs}; intervals are in tables.csv."
+    ]
+    for family in report.families:
+        for name, metrics in TABLES.items():
+            shown = columns(family, metrics)
+            if not shown:
+                continue
+            head = ["method", "seeds", "draws", *map(heading, shown)]
+            lines = [
+                [
+                    *map(_tex, (row.name, str(len(row.results)), row.num_draws)),
+                    *(_tex_cell(row.cells.get(m.key)) for m in shown),
+                ]
+                for row in family.rows
+            ]
+            text = caption(family, report, name).replace(BRACKETS, "")
+            parts.append(_tex_table([_tex(h) for h in head], lines, text))
+        others = [row for row in family.rows if row.name != family.baseline]
+        if others:
+            head = ["method", *(heading(METRICS[key]) for key in DIFFERENCES)]
+            lines = [
+                [_tex(row.name)]
+                + [_tex_math(_plain_difference(row, key, r"\textbf{{{}}}")) for key in DIFFERENCES]
+                for row in others
+            ]
+            parts.append(
+                _tex_table([_tex(h) for h in head], lines, difference_caption(family, report))
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def _tex_table(head: list[str], lines: list[list[str]], text: str) -> str:
+    rows = " \\\\\n".join(" & ".join(line) for line in lines)
+    return (
+        f"\\begin{{table}}\n\\centering{_tex_size(len(head))}\n\\caption{{{_tex(text.strip())}}}\n"
+        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n{' & '.join(head)} \\\\\n"
+        f"\\midrule\n{rows} \\\\\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}"
+    )
+
+
+def _tex_size(num_columns: int) -> str:
+    return r"\small" if num_columns <= 8 else r"\scriptsize\setlength{\tabcolsep}{3pt}"
+
+
+def _tex(text: str) -> str:
+    return "".join(LATEX_ESCAPES.get(character, character) for character in text)
+
+
+def _tex_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "--"
+    value = _tex(number(cell.value))
+    return (
+        f"\\textbf{{{value}}}"
+        if cell.mark == "best"
+        else value + _tex("†" if cell.mark == "tied" else "")
+    )
+
+
+def _tex_math(text: str) -> str:
+    return text.replace("–", "--").replace("-0", "$-$0").replace("+0", "$+$0")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- CSV ------------------------------------------------------------------------------------------
+
+CSV_COLUMNS = (
+    *("model", "trained_on", "dataset", "split", "method", "metric", "value", "low", "high"),
+    *("std_over_seeds", "mark", "baseline", "difference", "difference_low", "difference_high"),
+    *("n_examples", "n_draws", "n_seeds", "seeds", "num_bins", "resamples", "commits", "runs"),
+)
+
+
+def comma_separated(report: Report) -> str:
+    """One line per row and metric, with everything that the other tables round or leave out."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for family in report.families:
+        for row in family.rows:
+            commits = {r.evaluation.provenance["commit"] for r in row.results}
+            runs = [str(r.run.folder) for r in row.results]
+            for key, cell in row.cells.items():
+                numbers = (cell.value, cell.low, cell.high, cell.spread)
+                difference = cell.difference or (math.nan,) * 3
+                writer.writerow(
+                    [
+                        *(family.model, family.source, family.dataset, family.split, row.name, key),
+                        *map(_exact, numbers),
+                        *(cell.mark, family.baseline, *map(_exact, difference)),
+                        *(family.num_examples, row.num_draws, len(row.results)),
+                        " ".join(row.seeds),
+                        *(report.options.num_bins, report.options.resamples),
+                        *(" ".join(sorted(commits)), " ".join(runs)),
+                    ]
+                )
+    return out.getvalue()
+
+
+def _exact(value: float) -> str:
+    return f"{value:.6g}" if math.isfinite(value) else ""

@@ -1,0 +1,377 @@
+r"""What a posterior says of its own errors: calibration beyond the ECE, uncertainty, selection.
+
+Pure numpy functions beside the four numbers of `utils.metrics`. Two kinds:
+
+- per example: `(log_probs, labels)` or draws to an array `(n,)`;
+- of a data set: arrays `(n,)` to one number. Each takes `weights (R, n)` and then returns `(R,)`
+  numbers, one per row of weights. A row that counts how often each example was drawn gives exactly
+  the value on that resample, repeated examples included, so R bootstrap resamples of n examples
+  are a few matrix operations (`utils.report.significance`).
+
+Scores that tie are treated as one block, so no value depends on the order of the examples. What is
+undefined (an AUROC without positives) is NaN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import entr
+
+Values = Float[np.ndarray, " n"]
+Weights = Float[np.ndarray, "R n"]
+Number = float | Float[np.ndarray, " R"]
+
+DENSE = 100_000  # up to which size a sum over groups is a matrix product
+SMOOTH_GRID = 1001  # points of the confidence axis that `smooth_calibration_error` smooths over
+
+
+# --- per example ----------------------------------------------------------------------------------
+
+
+def top_label(
+    log_probs: Float[np.ndarray, "n C"], labels: Int[np.ndarray, " n"]
+) -> tuple[Values, Values]:
+    """The largest probability of each example, and 1.0 where its class is the label."""
+    confidence = np.minimum(np.exp(log_probs.max(-1)), 1.0)
+    return confidence, (log_probs.argmax(-1) == labels).astype(float)
+
+
+def negative_log_likelihoods(
+    log_probs: Float[np.ndarray, "n C"], labels: Int[np.ndarray, " n"]
+) -> Values:
+    r"""$-\log p(y_i | x_i)$ in nats."""
+    return -np.take_along_axis(log_probs, labels[:, None], 1)[:, 0]
+
+
+def brier_scores(probs: Float[np.ndarray, "n C"], labels: Int[np.ndarray, " n"]) -> Values:
+    r"""$\sum_c (p_{ic} - [y_i = c])^2$ (Brier 1950), 0 to 2."""
+    return np.square(probs - _one_hot(labels, probs.shape[-1])).sum(-1)
+
+
+def predictive_entropy(log_probs: Float[np.ndarray, "n C"]) -> Values:
+    r"""$H[\bar p] = -\sum_c \bar p_c \log \bar p_c$ of the posterior predictive, nats.
+
+    Total uncertainty in the split of Depeweg et al. (2018, arXiv 1710.07283).
+    """
+    return entr(np.exp(log_probs)).sum(-1)
+
+
+def expected_entropy(draws: Float[np.ndarray, "n N C"]) -> Values:
+    r"""$\frac1N \sum_n H[p_n]$, nats: the uncertainty that remains if the weights were known."""
+    return entr(np.exp(draws)).sum(-1).mean(-1)
+
+
+def mutual_information(
+    log_probs: Float[np.ndarray, "n C"], draws: Float[np.ndarray, "n N C"]
+) -> Values:
+    r"""$H[\bar p] - \frac1N \sum_n H[p_n]$, nats: what the label would tell about the weights.
+
+    Epistemic uncertainty, "BALD" (Houlsby et al. 2011, arXiv 1112.5745). 0 for one draw; rounding
+    below 0 is cut.
+    """
+    return np.maximum(predictive_entropy(log_probs) - expected_entropy(draws), 0.0)
+
+
+def draw_deviation(draws: Float[np.ndarray, "n N C"]) -> Values:
+    r"""Standard deviation over draws of the predicted class's probability, $\sqrt{\mathrm{Var}_n
+    \, p_n(\hat y)}$ with $\hat y = \arg\max_c \bar p_c$ (Gal and Ghahramani 2016, arXiv 1506.02142,
+    report such spreads). Between 0 and 1/2; divisor N.
+    """
+    probs = np.exp(draws)
+    predicted = probs.mean(1).argmax(-1)
+    return np.take_along_axis(probs, predicted[:, None, None], 2)[..., 0].std(1)
+
+
+def flip_rates(draws: Float[np.ndarray, "n N C"]) -> Values:
+    r"""Share of the draws whose most probable class is not the posterior predictive's.
+
+    $\frac1N \sum_n [\arg\max_c p_n(c) \ne \arg\max_c \bar p(c)]$, with $\bar p$ the mean of the N
+    probabilities; its mean over examples is the share of (draw, example) pairs that flip. This is
+    the variation ratio of Freeman (1965) taken around the predictive's class, which need not be the
+    mode of the votes. The prediction at the posterior mean of the *weights* is not stored, so it
+    is not what the draws are held against. 0 for one draw.
+    """
+    predicted = np.exp(draws).mean(1).argmax(-1)
+    return (draws.argmax(-1) != predicted[:, None]).mean(-1)
+
+
+# --- of a data set: means -------------------------------------------------------------------------
+
+
+def mean(values: Values, weights: Weights | None = None) -> Number:
+    r"""$\sum_i w_i v_i / \sum_i w_i$."""
+    w = _rows(weights, len(values))
+    return _number(w @ values / w.sum(1), weights)
+
+
+# --- of a data set: calibration -------------------------------------------------------------------
+
+
+def calibration_errors(
+    confidence: Values, correct: Values, num_bins: int = 15, weights: Weights | None = None
+) -> tuple[Number, Number]:
+    r"""ECE and MCE of the top label over equal-width bins (Guo et al. 2017, arXiv 1706.04599).
+
+    $\mathrm{ECE} = \sum_b \frac{n_b}{n} |\mathrm{acc}(b) - \mathrm{conf}(b)|$ and $\mathrm{MCE} =
+    \max_b |\mathrm{acc}(b) - \mathrm{conf}(b)|$ over the bins that are not empty. A bin holds
+    confidences from its lower edge up to, not including, its upper one.
+    """
+    w = _rows(weights, len(confidence))
+    counts, gaps = _binned_sums(confidence, num_bins, w, None, correct - confidence)
+    ece = np.abs(gaps).sum(1) / w.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mce = np.where(counts > 0, np.abs(gaps) / counts, 0.0).max(1)
+    return _number(ece, weights), _number(mce, weights)
+
+
+def classwise_calibration_error(
+    probs: Float[np.ndarray, "n C"],
+    labels: Int[np.ndarray, " n"],
+    num_bins: int = 15,
+    weights: Weights | None = None,
+) -> Number:
+    r"""Class-wise ECE (Kull et al. 2019, arXiv 1910.12656; "static" in arXiv 1904.01685).
+
+    $\frac1C \sum_c \sum_b \frac{n_{bc}}{n} |\bar y_c(b) - \bar p_c(b)|$: each class's probability
+    is binned over equal-width bins and held against how often the class is the label.
+    """
+    w = _rows(weights, len(labels))
+    gaps = _one_hot(labels, probs.shape[1]) - probs
+    total = sum(
+        np.abs(_binned_sums(probs[:, c], num_bins, w, gaps[:, c])[0]).sum(1)
+        for c in range(probs.shape[1])
+    )
+    return _number(total / w.sum(1) / probs.shape[1], weights)
+
+
+def adaptive_calibration_error(
+    confidence: Values, correct: Values, num_bins: int = 15, weights: Weights | None = None
+) -> Number:
+    r"""Top-label ECE over bins of equal counts (Nguyen and O'Connor 2015, arXiv 1508.05154).
+
+    Bin b holds the examples with ranks from $\lfloor bn/B \rceil$ to $\lfloor (b+1)n/B \rceil$ in
+    order of confidence. Examples that tie across an edge are shared out evenly.
+    """
+    ranked = _Ranked(confidence, _rows(weights, len(confidence)))
+    counts, gaps = ranked.cumulative(), ranked.cumulative(correct - confidence)
+    errors = []
+    for n, g in zip(counts, gaps, strict=True):
+        edges = np.round(np.arange(num_bins + 1) * n[-1] / num_bins)
+        at_edges = np.interp(edges, np.append(0.0, n), np.append(0.0, g))
+        errors.append(np.abs(np.diff(at_edges)).sum() / n[-1])
+    return _number(np.array(errors), weights)
+
+
+def smooth_calibration_error(confidence: Values, correct: Values) -> tuple[float, float]:
+    r"""Smooth ECE of the top label (Błasiok and Nakkiran 2023, arXiv 2309.12236), without bins.
+
+    $\int |(K_\sigma * r)(t)| \, dt$, the residuals $r = \mathrm{correct} - \mathrm{confidence}$
+    smoothed by a Gaussian that is reflected at 0 and 1, at the $\sigma$ that equals the error
+    itself; computed by relplot.
+
+    Returns:
+        the error and its bandwidth.
+    """
+    import relplot  # draws in matplotlib and pandas
+
+    value, sigma = relplot.smECE(confidence, correct, return_width=True)
+    return float(value), float(sigma)
+
+
+def smooth_error_at(
+    confidence: Values, correct: Values, sigma: float, weights: Weights | None = None
+) -> Number:
+    r"""The smooth ECE at a given bandwidth: $\int |(K_\sigma * r)(t)| dt / \int K_\sigma * 1$.
+
+    What resamples are worth: they keep the bandwidth of the sample.
+    """
+    w = _rows(weights, len(confidence))
+    # Linear weights to the two neighbours on the grid, as relplot does.
+    position = confidence * (SMOOTH_GRID - 1)
+    lower = np.clip(position.astype(int), 0, SMOOTH_GRID - 2)
+    share = position - lower
+    residual = correct - confidence
+    grid = np.linspace(0, 1, SMOOTH_GRID)
+    points = np.linspace(0, 1, 201)
+    kernel = sum(
+        np.exp(-0.5 * np.square((image[:, None] - points) / sigma))
+        for image in (grid, -grid, 2 - grid)
+    )  # (grid, points)
+    if len(confidence) <= SMOOTH_GRID:  # few examples: smooth each of them
+        each = (1 - share)[:, None] * kernel[lower] + share[:, None] * kernel[lower + 1]
+        residuals, density = (w * residual) @ each, w @ each
+    else:
+        on_grid = np.array(
+            [
+                np.bincount(lower, v * (1 - share), SMOOTH_GRID)
+                + np.bincount(lower + 1, v * share, SMOOTH_GRID)
+                for row in w
+                for v in (row * residual, row)
+            ]
+        )  # (2R, grid): residuals and density in turn
+        smoothed = on_grid @ kernel
+        residuals, density = smoothed[::2], smoothed[1::2]
+    return _number(np.abs(residuals).sum(1) / density.sum(1), weights)
+
+
+def brier_calibration(
+    probs: Float[np.ndarray, "n C"],
+    labels: Int[np.ndarray, " n"],
+    num_bins: int = 15,
+    weights: Weights | None = None,
+) -> Number:
+    r"""The calibration part of the Brier score (DeGroot and Fienberg 1983; Murphy 1973).
+
+    $\sum_c \sum_b \frac{n_{bc}}{n} (\bar p_c(b) - \bar y_c(b))^2$ over equal-width bins of each
+    class's probability. What is left of the score, Brier - calibration, is the refinement:
+    $\sum_c \sum_b \frac{n_{bc}}{n} \bar y_c(b)(1 - \bar y_c(b))$ where the probabilities in a bin
+    agree, else plus what they vary within bins (Stephenson et al. 2008).
+    """
+    w = _rows(weights, len(labels))
+    gaps = probs - _one_hot(labels, probs.shape[1])
+    total = np.zeros(len(w))
+    for c in range(probs.shape[1]):
+        counts, sums = _binned_sums(probs[:, c], num_bins, w, None, gaps[:, c])
+        total += (np.square(sums) / np.maximum(counts, 1e-300)).sum(1)
+    return _number(total / w.sum(1), weights)
+
+
+# --- of a data set: selection and detection -------------------------------------------------------
+
+
+def area_under_risk_coverage(
+    confidence: Values, correct: Values, weights: Weights | None = None
+) -> Number:
+    r"""AURC (Geifman, Uziel and El-Yaniv 2019, arXiv 1805.08206); lower is better.
+
+    $\frac1n \sum_i r(c_i)$, with $r(t)$ the error rate among the examples whose confidence is at
+    least t: the mean error rate over all coverages.
+    """
+    ranked = _Ranked(-confidence, _rows(weights, len(confidence)))
+    kept, errors = ranked.cumulative(), ranked.cumulative(1.0 - correct)
+    steps = np.diff(kept, axis=1, prepend=0.0)
+    with np.errstate(invalid="ignore"):
+        risk = np.where(kept > 0, errors / kept, 0.0)
+    return _number((steps * risk).sum(1) / kept[:, -1], weights)
+
+
+def accuracy_at_coverage(
+    confidence: Values, correct: Values, coverage: float | Values, weights: Weights | None = None
+) -> Number:
+    r"""Accuracy of the most confident share `coverage` of the examples (El-Yaniv and Wiener 2010).
+
+    Where examples tie at the threshold, or the share is not a whole number of examples, the last
+    ones count in part. Several coverages (K,) give (K,), or (R, K) with weights.
+    """
+    ranked = _Ranked(-confidence, _rows(weights, len(confidence)))
+    rows = []
+    for kept, right in zip(ranked.cumulative(), ranked.cumulative(correct), strict=True):
+        target = np.asarray(coverage) * kept[-1]
+        rows.append(np.interp(target, np.append(0.0, kept), np.append(0.0, right)) / target)
+    return _number(np.array(rows), weights)
+
+
+def detection(
+    uncertainty: Values, positive: Values, weights: Weights | None = None
+) -> tuple[Number, Number]:
+    r"""AUROC and FPR@95 of an uncertainty that should be high where `positive` is 1.
+
+    `positive` marks errors (misclassification detection, Hendrycks and Gimpel 2017, arXiv
+    1610.02136) or the examples of a shifted set (OOD detection). The AUROC is the probability that
+    a positive has the larger uncertainty, ties counting half. FPR@95 (Liang et al. 2018, arXiv
+    1706.02690): at the smallest threshold that keeps 95 % of the others (correct answers, source
+    examples), the share of positives that is kept by mistake; lower is better.
+    """
+    ranked = _Ranked(uncertainty, _rows(weights, len(uncertainty)))
+    positives, others = ranked.cumulative(positive), ranked.cumulative(1.0 - positive)
+    total, total_others = positives[:, -1], others[:, -1]
+    steps = np.diff(positives, axis=1, prepend=0.0)
+    # of each positive: the others below it, and half of those that tie with it
+    below = others - 0.5 * np.diff(others, axis=1, prepend=0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        auroc = (steps * below).sum(1) / (total * total_others)
+        reached = (others >= 0.95 * total_others[:, None] - 1e-9).argmax(1)
+        fpr = positives[np.arange(len(reached)), reached] / total
+    undefined = (total == 0) | (total_others == 0)
+    auroc, fpr = (np.where(undefined, np.nan, v) for v in (auroc, fpr))
+    return _number(auroc, weights), _number(fpr, weights)
+
+
+# --- what they share ------------------------------------------------------------------------------
+
+
+class _Ranked:
+    """Examples by ascending score, those that tie as one block, and sums up to each block.
+
+    Args:
+        score: (n,)
+        weights: (R, n)
+    """
+
+    def __init__(self, score: Values, weights: Weights) -> None:
+        blocks, self.block = np.unique(score, return_inverse=True)
+        self.num_blocks = len(blocks)
+        self.weights = weights
+
+    def cumulative(self, values: Values | None = None) -> Float[np.ndarray, "R blocks"]:
+        """Weighted sums of `values` (of ones by default) over all examples up to each block."""
+        return np.cumsum(_sums(self.block, self.num_blocks, self.weights, values), axis=1)
+
+
+def bin_of(values: Values, num_bins: int) -> Int[np.ndarray, " n"]:
+    """The equal-width bin of each value between 0 and 1; 1 belongs to the last one."""
+    # Edges as numbers, not values times bins: rounding must not move a value across its edge.
+    edges = np.linspace(0, 1, num_bins + 1)
+    return np.clip(np.searchsorted(edges, values, side="right") - 1, 0, num_bins - 1)
+
+
+def _binned_sums(
+    position: Values, num_bins: int, weights: Weights, *columns: Values | None
+) -> list[Float[np.ndarray, "R bins"]]:
+    """The weighted sum of each column over every equal-width bin of `position`."""
+    bins = bin_of(position, num_bins)
+    return [_sums(bins, num_bins, weights, column) for column in columns]
+
+
+def _sums(
+    group: Int[np.ndarray, " n"], num_groups: int, weights: Weights, values: Values | None = None
+) -> Float[np.ndarray, "R groups"]:
+    """The weighted sum of `values` (of ones by default) in each group."""
+    if num_groups * len(group) <= DENSE:
+        table = np.zeros((len(group), num_groups))
+        table[np.arange(len(group)), group] = 1.0 if values is None else values
+        return weights @ table
+    # bincount reads in order and writes into a small table: faster than sorting or a sparse product
+    return np.array(
+        [np.bincount(group, row if values is None else row * values, num_groups) for row in weights]
+    )
+
+
+def in_blocks(score: Values, num_blocks: int) -> Values:
+    """Each score replaced by the mean of its block, of `num_blocks` with equal counts.
+
+    Ranks that many resamples look at need not be finer than this.
+    """
+    if len(score) <= num_blocks:
+        return score
+    ranks = np.empty(len(score), dtype=np.int64)
+    ranks[np.argsort(score, kind="stable")] = np.arange(len(score))
+    block = ranks * num_blocks // len(score)
+    means = np.bincount(block, score, num_blocks) / np.bincount(block, minlength=num_blocks)
+    return means[block]
+
+
+def _one_hot(labels: Int[np.ndarray, " n"], num_classes: int) -> Float[np.ndarray, "n C"]:
+    return np.eye(num_classes)[labels]
+
+
+def _rows(weights: Weights | None, n: int) -> Weights:
+    return np.ones((1, n)) if weights is None else weights
+
+
+def _number(values: np.ndarray, weights: Weights | None) -> Number:
+    """(R,), or its one value where no weights were given."""
+    if weights is not None:
+        return values
+    return float(values[0]) if values.ndim == 1 else values[0]
