@@ -10,6 +10,7 @@ The path below is the whole program: flags, data, model and method, training and
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import sys
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> Metrics:
         UsageError: the call cannot work as it was made.
         RunError: the run failed.
     """
-    setup_logging(is_main_process=True)
+    setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
     args = parse_args(argv)
     name_process(args)
     accelerator = build_accelerator(args)
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> Metrics:
     dataset = build_dataset(args, accelerator)
     wrapper = build_wrapper(args, dataset.num_labels, accelerator)
     wrapper.prepare_for_fit_evaluate(dataset)
+    begin_run(folder, args, accelerator)
     init_tracker(accelerator, args, folder.path)
     metrics = wrapper.fit_evaluate()
     accelerator.end_training()
@@ -112,19 +114,32 @@ def build_accelerator(args: Args) -> Accelerator:
 
 
 def open_run_folder(args: Args, accelerator: Accelerator) -> RunFolder:
-    """The run's folder, checked for space and for an earlier run; args.json and log.txt begin."""
+    """The run's folder, checked for space and for an earlier run."""
     folder = RunFolder(run_folder_path(args), accelerator.process_index, accelerator.num_processes)
     if accelerator.is_main_process:
         folder.check_writable()
         folder.check_against_earlier_run(args)
-        if not (args.resume and (folder.states or folder.finished())):
-            source = Path(args.load_lora_path or ".").resolve()
-            folder.clear(keep_adapter=source == folder.path.resolve())
-            stored = {"args": args.as_dict(), "given": args.given, "run": provenance()}
-            write_json(folder.path / "args.json", stored)
+    accelerator.wait_for_everyone()
+    setup_logging(accelerator.is_main_process)
+    return folder
+
+
+def begin_run(folder: RunFolder, args: Args, accelerator: Accelerator) -> None:
+    """args.json and log.txt begin, and what an earlier run has left goes.
+
+    Not before data and model are there: a call that cannot work takes nothing away.
+    """
+    if accelerator.is_main_process and not (args.resume and folder.states):
+        source = Path(args.load_lora_path or ".").resolve()
+        folder.clear(keep_adapter=source == folder.path.resolve())
+        stored = {
+            "args": args.as_dict(),
+            "given": args.given,
+            "run": provenance() | {"num_processes": accelerator.num_processes},
+        }
+        write_json(folder.path / "args.json", stored)
     accelerator.wait_for_everyone()
     setup_logging(accelerator.is_main_process, folder.path / "log.txt")
-    return folder
 
 
 def provenance() -> dict[str, Any]:

@@ -166,9 +166,10 @@ class DatasetBase(ABC):
         for flag, published in (("choice_format", "text_first"), ("boolq_tokens", "swapped")):
             if getattr(args, flag) == published:
                 self.task = dataclasses.replace(self.task, **self.task.published.get(flag, {}))
-        if args.ood_ori_dataset is not None:
-            self._take_answers_of(lookup(self.tasks, args.ood_ori_dataset, "data set"))
         is_shifted = name != args.dataset
+        source = args.ood_ori_dataset or (args.dataset if is_shifted else None)
+        if source is not None and (self.target_ids_are_tokens or not is_shifted):
+            self._take_answers_of(lookup(self.tasks, source, "data set"))
         self.eval_split = EVALUATED.get(args.testing_set, args.testing_set)
         if is_shifted and args.testing_set == "train_val":
             self.eval_split = "val"
@@ -197,7 +198,7 @@ class DatasetBase(ABC):
             self.task = dataclasses.replace(self.task, choices=source.choices)
         elif self.target_ids_are_tokens:
             logger.info(
-                "--ood-ori-dataset %s has other answers (%s); those of %s are read: %s.",
+                "%s has other answers (%s); those of %s are read: %s.",
                 source.name,
                 ", ".join(source.choices),
                 self.task.name,
@@ -283,8 +284,8 @@ class DatasetBase(ABC):
         return others
 
     def _whole_batches(self, rows: list[Example]) -> list[Example]:
-        """With --drop-last without the rows at the end that fill no batch."""
-        size = self.args.batch_size
+        """With --drop-last without the rows at the end that fill no batch of all processes."""
+        size = self.args.batch_size * self.accelerator.num_processes
         return rows[: len(rows) // size * size or None] if self.args.drop_last else rows
 
     @cached_property
@@ -366,7 +367,7 @@ class DatasetBase(ABC):
                 label = self.task.label(row)
                 if not 0 <= label < self.num_labels:
                     raise ValueError(label)
-            except (KeyError, ValueError, IndexError, TypeError):
+            except (KeyError, ValueError, IndexError, TypeError, AttributeError):
                 raise UsageError(
                     f"{where}: unknown label in {row}; {self.task.name} has the answers "
                     f"{', '.join(self.task.choices)}."
@@ -375,7 +376,7 @@ class DatasetBase(ABC):
                 example, cut = self.encode(row)
             except UsageError as error:
                 raise UsageError(f"{where}: {error}") from None
-            except (KeyError, ValueError, TypeError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
                 raise UsageError(f"{where}: malformed row ({error!r}): {row}.") from None
             examples.append(example | {"labels": label, "index": index})
             num_cut += cut

@@ -103,6 +103,8 @@ def _local_rows(folder: Path, split: str) -> list[tuple[str, Row]]:
         if file.is_file():
             try:
                 rows = list(_READERS[suffix](file))
+            except csv.Error as error:
+                raise UsageError(f"{file} cannot be read as CSV: {error}.") from None
             except UnicodeDecodeError as error:
                 raise UsageError(
                     f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it."
@@ -133,7 +135,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
-    with open(file, encoding="utf-8", newline="") as lines:
+    with open(file, encoding="utf-8-sig", newline="") as lines:  # Excel begins with a mark
         reader = csv.DictReader(lines)
         for row in reader:
             where = f"{file}:{reader.line_num}"
@@ -142,12 +144,14 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _nested(cell: str) -> Any:
-    """A nested column, such as ARC's choices, is a JSON object in its cell; the rest is text."""
-    if cell.startswith("{"):
+    """A nested column, such as ARC's or MMLU's choices, is JSON in its cell; the rest is text."""
+    if cell.startswith(("{", "[")):
         try:
-            return json.loads(cell)
+            value = json.loads(cell)
         except ValueError:
-            pass
+            return cell
+        if isinstance(value, dict) or all(isinstance(item, str) for item in value):
+            return value  # a list of anything else is text in brackets
     return cell
 
 

@@ -60,6 +60,8 @@ def build_wrapper(args, num_labels: int, accelerator) -> WrapperBase:
     """Base model, LoRA layers and method, as the flags say; with --load-lora-path's weights."""
     if is_sharded := shards_base(accelerator):
         check_sharding(args)
+    if args.load_lora_path is not None:
+        adapter_folder(args)  # before the model: it may be missing
     model = load_model(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
     wrapper = get_wrapper(args.modelwrapper)(model, lora_config(args, model), args, accelerator)
     if args.load_lora_path is not None:

@@ -28,6 +28,7 @@ class DeepEnsemble(WrapperBase):
     """M independently trained adapters; member 0 is PEFT's "default"."""
 
     is_stochastic = True
+    has_members = True
     posterior_flags = ("ensemble_average",)
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:

@@ -42,13 +42,14 @@ from modelwrappers.sharding import shards_base
 from modelwrappers.wrapperbase import Batch, WrapperBase, peak_memory
 from utils.args import count, positive_float
 from utils.checkpoint import read_json, read_tensors, write_tensors
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.logging import logger
 from utils.metrics import negative_log_likelihood, posterior_predictive
 from utils.seeding import mix_seed
 
 FACTORS_FILE = "laplace.safetensors"
-MOST_PARAMETERS_OF_FULL = 10_000
+MOST_PARAMETERS_OF_FULL = 5_000
+DRAWS = 500  # of the logits' Gaussian, which cost next to nothing
 # Values of the prior precision that --laplace-prior-precision validation tries.
 GRID = torch.logspace(-2, 6, 33, dtype=torch.float64)
 
@@ -88,9 +89,15 @@ class Laplace(WrapperBase):
         self.projections: list[Projection] = []
         self.description: dict[str, Any] = {}
         self.hessian = args.laplace_hessian
-        self._layers()  # a layer that cannot be covered should not wait for the training
 
     # --- hooks ------------------------------------------------------------------------------------
+
+    def prepare_for_fit_evaluate(self, dataset, wandb_logger=None) -> None:
+        """What cannot be fitted should not wait for the training."""
+        super().prepare_for_fit_evaluate(dataset, wandb_logger)
+        if self.posterior is None:
+            self.projections = self._select_projections()
+            _posterior_class(self.hessian)
 
     @classmethod
     def add_arguments(cls, parser) -> None:
@@ -136,6 +143,8 @@ class Laplace(WrapperBase):
             )
         if args.opt_wd is None:
             args.opt_wd = 1e-5  # as `map`
+        if "bayes_eval_n_samples_final" not in args.given:
+            args.bayes_eval_n_samples_final = DRAWS
         if args.laplace_prior_precision == "validation":
             if args.hold_out is False:
                 raise UsageError(
@@ -151,23 +160,29 @@ class Laplace(WrapperBase):
 
     def fit_posterior(self) -> None:
         """Curvature of the training set, then the prior precision; not for a loaded posterior."""
-        if self.posterior is not None and not self.num_training_steps:
+        if self.posterior is not None:
             return
+        self.check_own_data()
+        device = self.accelerator.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        peak_before = peak_memory(device)
         started = time.perf_counter()
-        self.projections = self._select_projections()
         curvature, loss, num_rows = self._sum_curvature(self.dataset.train_eval_dataloader)
         self.posterior = self._build_posterior(curvature.blocks())
         self.posterior.loss, self.posterior.n_data = loss, num_rows
         self._set_prior_precision()
         evidence = self.posterior.log_marginal_likelihood().item()
         self.description = {
+            "hessian": self.hessian,
             "prior_precision": self.posterior.prior_precision.item(),
             "log_marginal_likelihood": evidence,
             "n_parameters": self.posterior.n_params,
             "n_examples": num_rows,
             "factor_bytes": sum(t.numel() * t.element_size() for t in self._tensors().values()),
             "seconds": round(time.perf_counter() - started, 3),
-            "peak_memory_bytes": peak_memory(self.accelerator.device),
+            "peak_memory_bytes": peak_memory(device),  # of the process, on a GPU of the fit alone
+            "peak_memory_before_bytes": peak_before,
         }
         logger.info(
             "Laplace: %s curvature of %d parameters from %d rows, %.1f MB, in %.1f s, peak memory "
@@ -219,7 +234,12 @@ class Laplace(WrapperBase):
             for logits, jacobians, beyond in self._jacobians(batch)
         ]
         mean, covariance = (torch.cat(column) for column in zip(*parts, strict=True))
-        return mean, covariance
+        # A row that has no numbers keeps none: the evaluation names it.
+        broken = ~(covariance.flatten(1).isfinite().all(1) & mean.isfinite().all(1))
+        return (
+            mean.masked_fill(broken[:, None], torch.nan),
+            covariance.masked_fill(broken[:, None, None], 0.0),
+        )
 
     def _jacobians(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(logits (b, C), Jacobians (b, C, P), Jacobians in head rows outside of the posterior).
@@ -268,10 +288,11 @@ class Laplace(WrapperBase):
                     "--laplace-layers all."
                 )
         for name, layer in found:
-            if adapter not in layer.lora_A or layer.lora_variant.get(adapter) is not None:
+            is_plain = adapter in layer.lora_A and layer.lora_variant.get(adapter) is None
+            if not is_plain or layer.lora_bias.get(adapter):
                 raise UsageError(
-                    f"Laplace covers plain LoRA on linear layers, but {name} is an embedding or a "
-                    "variant of LoRA; leave it out with --target-modules."
+                    f"Laplace covers plain LoRA on linear layers, but {name} is an embedding, has "
+                    "a bias or is a variant of LoRA; leave it out with --target-modules."
                 )
         return found
 
@@ -334,6 +355,11 @@ class Laplace(WrapperBase):
                     new, labels = rows.pop("new"), rows["labels"]
                     with Tape(self.projections) as tape, accelerator.autocast():
                         logits = self._batch_logits(self.model_inputs(rows)).float()
+                    if not logits.isfinite().all():
+                        raise RunError(
+                            f"the logits of the training rows {rows['index'].tolist()} are not "
+                            "numbers; the adapter has diverged, or its data type overflows."
+                        )
                     root = softmax_hessian_root(logits) * new[:, None, None]
                     curvature.add(tape, logits, root)
                     nll = nn.functional.cross_entropy(logits.detach(), labels, reduction="none")
@@ -438,38 +464,71 @@ class Laplace(WrapperBase):
         if not description.is_file():
             return
         config = read_json(description, "--load-lora-path")
-        if config["modelwrapper"] != "laplace" or self.args.max_train_steps or self.args.n_epochs:
+        is_laplace = isinstance(config, dict) and config.get("modelwrapper") == "laplace"
+        if not is_laplace or self.args.max_train_steps or self.args.n_epochs:
             return
-        stored = config["laplace"]
         tensors = read_tensors(folder / FACTORS_FILE, "--load-lora-path")
-        modules = {p.name: p.module for p in self._pairs(self._lora_layers())}
-        rows = tensors.pop("rows", None)
-        head = f"{self._head}.lora_B.weight"
-        self.projections = [
-            Projection(name, modules[name], rows if name == head else None)
-            for name in config["projections"]
-        ]
-        self.hessian = config["flags"]["laplace_hessian"]
-        blocks: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for key in sorted(tensors, key=lambda key: [int(n) for n in key.split(".")[:2]]):
-            block, _, kind = key.split(".")
-            if kind == "values":
-                vectors = tensors[key.replace("values", "vectors")]
-                blocks.setdefault(block, []).append((vectors, tensors[key]))
-        device = self.accelerator.device
-        self.posterior = self._build_posterior(
-            [[(q.to(device), v.to(device)) for q, v in block] for block in blocks.values()]
-        )
-        self.posterior.prior_precision = stored["prior_precision"]
-        self.description = stored
+        try:
+            self._take_factors(config, tensors)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise UsageError(
+                f"--load-lora-path: {folder / FACTORS_FILE} and bayes_config.json hold no Laplace "
+                f"posterior over this adapter ({type(error).__name__}: {error}); fit it again on "
+                "the adapter that it was made from."
+            ) from None
+        given = self.args.given
+        if isinstance(given.get("laplace_prior_precision"), float):
+            self.posterior.prior_precision = given["laplace_prior_precision"]
+            self.description["prior_precision"] = given["laplace_prior_precision"]
         logger.info(
             "Laplace: %s has its curvature already (%s, %d parameters, prior precision %.4g); "
-            "flags of the fit have no effect.",
+            "flags of the fit but a number for --laplace-prior-precision have no effect.",
             folder,
             self.hessian,
-            stored["n_parameters"],
-            stored["prior_precision"],
+            self.posterior.n_params,
+            self.posterior.prior_precision.item(),
         )
+
+    def _take_factors(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The posterior that `_tensors` and `method_config` describe.
+
+        Raises:
+            KeyError, ValueError, TypeError, IndexError: they do not fit each other or the adapter.
+        """
+        device = self.accelerator.device
+        self.description = dict(config["laplace"])
+        self.hessian = self.description["hessian"]
+        rows = tensors.pop("rows", None)
+        head = f"{self._head}.lora_B.weight"
+        modules = {p.name: p.module for p in self._pairs(self._lora_layers())}
+        self.projections = [
+            Projection(
+                name, modules[name], rows.to(device) if name == head and self.is_causal else None
+            )
+            for name in config["projections"]
+        ]
+        shapes = [tuple(projection.weight.shape) for projection in self.projections]
+        if self.hessian != "kron":
+            shapes = [(sum(math.prod(shape) for shape in shapes),)]
+        blocks = []
+        for i, shape in enumerate(shapes):
+            blocks.append([])
+            for j, width in enumerate(shape):
+                vectors, values = tensors.pop(f"{i}.{j}.vectors"), tensors.pop(f"{i}.{j}.values")
+                expected = (0,) if self.hessian == "diag" else (width, len(values))
+                number = width if self.hessian == "diag" else min(width, len(values))
+                if tuple(vectors.shape) != expected or len(values) != number:
+                    raise ValueError(f"factor {i}.{j} has shape {tuple(vectors.shape)}")
+                if not (values.isfinite().all() and vectors.isfinite().all()):
+                    raise ValueError(f"factor {i}.{j} is not finite")
+                blocks[-1].append((vectors.to(device), values.to(device)))
+        if tensors:
+            raise ValueError(f"unknown tensor {min(tensors)}")
+        precision = float(self.description["prior_precision"])
+        if not 0 < precision < math.inf:
+            raise ValueError(f"prior precision {precision}")
+        self.posterior = self._build_posterior(blocks)
+        self.posterior.prior_precision = precision
 
 
 @cache
@@ -568,9 +627,10 @@ def _slices(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def _standard_normal(mean: Tensor, n_samples: int) -> Float[Tensor, "B N C"]:
-    return torch.randn(
-        mean.shape[0], n_samples, mean.shape[1], dtype=torch.float64, device=mean.device
-    )
+    """Pairs of opposite sign: odd parts of what is averaged have no noise."""
+    shape = (mean.shape[0], (n_samples + 1) // 2, mean.shape[1])
+    half = torch.randn(shape, dtype=torch.float64, device=mean.device)
+    return torch.stack([half, -half], dim=2).flatten(1, 2)[:, :n_samples]
 
 
 def _draws(mean: Tensor, covariance: Tensor, noise: Tensor) -> Float[Tensor, "B N C"]:
@@ -581,6 +641,9 @@ def _draws(mean: Tensor, covariance: Tensor, noise: Tensor) -> Float[Tensor, "B 
 
 
 def _probit(mean: Tensor, covariance: Tensor) -> Float[Tensor, "B C"]:
-    """MacKay's approximation of the mean softmax, from the variances alone (1992)."""
+    """MacKay's approximation of the mean softmax (1992) as laplace-torch has it.
+
+    It takes each logit's own variance, the part that all logits share included.
+    """
     variance = covariance.diagonal(dim1=1, dim2=2)
     return (mean / (1 + math.pi / 8 * variance).sqrt()).float()

@@ -8,9 +8,10 @@ token t and class c, the gradient $g_{ntc}$ of a projection's output, and with i
 - the Jacobian of each example, $J_{nc} = \sum_t g_{ntc} a_{nt}^\top$, of the shape of the weight;
 - the generalised Gauss-Newton matrix $\sum_n J_n^\top \Lambda_n J_n$,
   $\Lambda_n = \mathrm{diag}(p_n) - p_n p_n^\top$: whole, its diagonal, or Kronecker-factored as in
-  KFAC-expand (Martens and Grosse, arXiv 1503.05671; Eschenhagen et al., arXiv 2311.00636),
-  $\big(\sum_{nt} \tilde g_{nt} \tilde g_{nt}^\top\big) \otimes
-  \big(\frac1R \sum_{nt} a_{nt} a_{nt}^\top\big)$ over the R tokens that some logit depends on.
+  KFAC-reduce (Martens and Grosse, arXiv 1503.05671; Eschenhagen et al., arXiv 2311.00636), the
+  variant for one loss per sequence:
+  $\big(\sum_n \tilde g_n \tilde g_n^\top\big) \otimes \big(\frac1N \sum_n a_n a_n^\top\big)$
+  with $\tilde g_n$ the sum and $a_n$ the mean over the tokens that some logit depends on.
 
 functorch cannot do this on bitsandbytes layers, and KFAC libraries count padding tokens.
 """
@@ -136,14 +137,16 @@ def per_example(gradients: list[Tensor], inputs: list[Tensor]) -> Float[Tensor, 
     return torch.cat([block.flatten(1) for block in blocks], dim=1)
 
 
-def softmax_hessian_root(logits: Float[Tensor, "B C"]) -> Float[Tensor, "B C C"]:
+def softmax_hessian_root(logits: Float[Tensor, "B C"]) -> Float[Tensor, "B C C-1"]:
     r"""S with $S S^\top = \mathrm{diag}(p) - p p^\top$, the Hessian of the NLL in the logits.
 
-    $S = \mathrm{diag}(\sqrt p) - p \sqrt p^\top$.
+    A constant added to all logits changes nothing, so its rank is C - 1: one backward is saved.
     """
-    probs = logits.detach().float().softmax(-1)
-    root = probs.sqrt()
-    return torch.diag_embed(root) - probs.unsqueeze(2) * root.unsqueeze(1)
+    probs = logits.detach().double().softmax(-1)
+    hessian = torch.diag_embed(probs) - probs.unsqueeze(2) * probs.unsqueeze(1)
+    values, vectors = torch.linalg.eigh(hessian)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
+    return root[..., 1:].float()  # the first eigenvalue is 0
 
 
 # --- sums over the training set -------------------------------------------------------------------
@@ -201,34 +204,37 @@ class KronCurvature:
         shapes = [projection.weight.shape for projection in projections]
         self.gradients = [GramSum(out, rank, device) for out, _ in shapes]
         self.inputs = [GramSum(width, rank, device) for _, width in shapes]
-        self.num_tokens = torch.zeros(len(shapes), device=device)
+        self.num_rows = torch.zeros(len(shapes), device=device)
 
     def add(self, tape: Tape, logits: Tensor, root: Tensor) -> None:
         inputs = tape.inputs()
         reached = [torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device) for a in inputs]
         for gradients in tape.pull_back(logits, root):
             for i, g in enumerate(gradients):
-                self.gradients[i].add(g.flatten(0, 1))
+                self.gradients[i].add(g.sum(1))
                 reached[i] |= (g != 0).any(-1)
-        for i, a in enumerate(inputs):
-            self.inputs[i].add(a[reached[i]])
-            self.num_tokens[i] += reached[i].sum()
+        for i, (a, tokens) in enumerate(zip(inputs, reached, strict=True)):
+            number = tokens.sum(1, keepdim=True)  # (B, 1)
+            mean = (a * tokens.unsqueeze(-1)).sum(1) / number.clamp(min=1)
+            has_any = number[:, 0] > 0
+            self.inputs[i].add(mean[has_any])
+            self.num_rows[i] += has_any.sum()
 
     def tensors(self) -> list[Tensor]:
         """What adds up over processes."""
         return [
-            self.num_tokens,
+            self.num_rows,
             *(gram.total for grams in (self.gradients, self.inputs) for gram in grams),
         ]
 
     def blocks(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Per projection (eigenvectors, eigenvalues) of the gradients' and the inputs' factor."""
         result = []
-        for gradients, inputs, tokens in zip(
-            self.gradients, self.inputs, self.num_tokens.clamp(min=1), strict=True
+        for gradients, inputs, rows in zip(
+            self.gradients, self.inputs, self.num_rows.clamp(min=1), strict=True
         ):
             vectors, values = inputs.eigen()
-            result.append([gradients.eigen(), (vectors, values / tokens)])
+            result.append([gradients.eigen(), (vectors, values / rows)])
         return result
 
 

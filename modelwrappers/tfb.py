@@ -141,6 +141,7 @@ class TFB(WrapperBase):
 
     def fit_posterior(self) -> None:
         if self.sigma is None:
+            self.check_own_data()
             self.sigma = self._largest_sigma(self.dataset.anchor_dataloader)
             logger.info("TFB: sigma_q = %.5f", self.sigma)
 
@@ -161,7 +162,9 @@ class TFB(WrapperBase):
             set_spread(self, self.active_adapter, sigma)
             log_probs = posterior_predictive(self.predict(anchors).log_probs)
             if self.args.tfb_criterion == "nll":
-                change = abs(negative_log_likelihood(log_probs, labels) - reference) / reference
+                # the adapter may be sure of every anchor
+                difference = abs(negative_log_likelihood(log_probs, labels) - reference)
+                change = difference / max(reference, 1e-12)
             else:
                 change = (log_probs.argmax(-1) != labels).double().mean().item()
             accepted = change <= self.args.th

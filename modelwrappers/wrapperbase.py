@@ -98,6 +98,7 @@ class WrapperBase(PeftModel):
     """
 
     is_stochastic = False  # whether draws differ; else one forward answers for any number of them
+    has_members = False  # whether an adapter folder may hold several of them
     posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
 
     def __init__(
@@ -199,6 +200,21 @@ class WrapperBase(PeftModel):
 
         Called once, after training if there is any, before the evaluation.
         """
+
+    def check_own_data(self) -> None:
+        """For `fit_posterior`: the data are those that the adapter was trained on.
+
+        Raises:
+            UsageError: --dataset is a shifted set.
+        """
+        args = self.args
+        source = args.ood_ori_dataset or args.adapter_dataset
+        if args.load_lora_path is not None and source not in (None, args.dataset):
+            raise UsageError(
+                f"--modelwrapper {args.modelwrapper} fits the posterior on the adapter's own data, "
+                f"{source}, but --dataset is {args.dataset}; pass --dataset {source} "
+                f"--ood-datasets {args.dataset}, or fit it first and load that run."
+            )
 
     def method_state(self) -> dict[str, Any]:
         """What else a resumed run needs: counters and buffers that are no parameters."""
@@ -683,6 +699,8 @@ class WrapperBase(PeftModel):
         self.fit_posterior()
         temperature = self._fit_temperature() if self.args.temperature_scaling else None
         name, split = self.args.dataset.rpartition(":")[2], self.args.testing_set
+        if split != "train_val":  # the others may name where anchors come from, too
+            split = getattr(self.dataset, "eval_split", split)
         metrics = self._score_and_keep(self.eval_loader, name, split, "predictions", temperature)
         self._track({f"final/{key}": value for key, value in metrics._asdict().items()})
         self._evaluate_shifted(temperature)
@@ -830,7 +848,9 @@ class WrapperBase(PeftModel):
                     "goes on from the last state."
                 ) from error
             raise
-        for file in sorted(temporary.rglob("*")):  # an ensemble's members are subfolders
+        # An ensemble's members are subfolders. What describes the files comes after them.
+        files = sorted(temporary.rglob("*"), key=lambda file: (file.suffix == ".json", file))
+        for file in files:
             if file.is_file() and file.name != "README.md":
                 write_atomically(folder / file.relative_to(temporary), file.replace)
         shutil.rmtree(temporary)
@@ -863,7 +883,20 @@ class WrapperBase(PeftModel):
         Raises:
             UsageError: a tensor is missing or has another shape: another architecture or rank.
         """
+        members = sorted(folder.glob("member*/adapter_config.json"))
+        if members and not self.has_members:
+            raise UsageError(
+                f"--load-lora-path: {folder} holds a deep ensemble of {len(members) + 1} members; "
+                f"--modelwrapper {self.args.modelwrapper} takes one of them, e.g. "
+                f"{members[0].parent}, or pass --modelwrapper deepensemble."
+            )
         tensors = self._adapter_tensors(read_tensors(folder / ADAPTER_FILE, "--load-lora-path"))
+        broken = sorted(key for key, value in tensors.items() if not value.isfinite().all())
+        if broken:
+            raise UsageError(
+                f"--load-lora-path: {broken[0]} in {folder} has values that are not numbers; the "
+                "run that trained it had diverged."
+            )
         expected = (
             get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             | self._trained_base_tensors()

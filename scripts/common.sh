@@ -3,8 +3,9 @@
 # environment to override:
 #   MODEL           hub id, local folder or embedded alias
 #   DATASETS SEEDS  lists separated by spaces
-#   NUM_PROCESSES   processes of one run (default: the GPUs that nvidia-smi lists, at least 1)
-#   LAUNCH_CONFIG   accelerate's, for several processes, e.g. configs/accelerate/fsdp.yaml
+#   NUM_PROCESSES   processes of one run (default: the GPUs of CUDA_VISIBLE_DEVICES, else all, at least 1)
+#   LAUNCH_CONFIG   accelerate's, for several processes (configs/accelerate/ddp.yaml); fsdp.yaml needs
+#                   QUANTIZATION=none
 #   QUANTIZATION    none, 8bit or 4bit        DATA_DIR   folder of folders with local rows
 #   STEPS           optimizer updates         OUTPUT_DIR where the runs are kept (checkpoints)
 #   EXTRA           further flags for every run
@@ -17,14 +18,22 @@ cd "$ROOT"
 PYTHON_BIN="${PYTHON_BIN:-$PYTHON_DEFAULT}"
 SEEDS="${SEEDS:-1 2 3}"
 STEPS="${STEPS:-5000}"
-NUM_PROCESSES="${NUM_PROCESSES:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c . || true)}"
+gpus() {
+    if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+        tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES"
+    else
+        nvidia-smi --list-gpus 2>/dev/null || true
+    fi | grep -c . || true
+}
+NUM_PROCESSES="${NUM_PROCESSES:-$(gpus)}"
+LAUNCH_CONFIG="${LAUNCH_CONFIG:-configs/accelerate/ddp.yaml}"
 ((NUM_PROCESSES > 0)) || NUM_PROCESSES=1
 
 # folder METHOD DATASET NAME: where main.py keeps that run; a local model stands under its last name.
 folder() {
     local model="$MODEL"
     [[ ! -d "$model" ]] || model="$(basename "$(realpath "$model")")"
-    echo "${OUTPUT_DIR:-checkpoints}/$1/$model/$2/$3"
+    echo "${OUTPUT_DIR:-checkpoints}/$1/$model/${2##*:}/$3"
 }
 
 # run DATASET FLAGS...: one run, launched, resumed or skipped; prints it with DRY_RUN.
@@ -32,7 +41,7 @@ run() {
     local dataset="$1" command=("$PYTHON_BIN")
     shift
     ((NUM_PROCESSES == 1)) || command+=(-m accelerate.commands.launch
-        ${LAUNCH_CONFIG:+--config_file "$LAUNCH_CONFIG"} --num_processes "$NUM_PROCESSES")
+        --config_file "$LAUNCH_CONFIG" --num_processes "$NUM_PROCESSES")
     command+=(main.py --dataset "$dataset" --model "$MODEL" --quantization "$QUANTIZATION" "$@" --resume)
     [[ -z "${DATA_DIR:-}" ]] || command+=(--data-dir "$DATA_DIR")
     [[ -z "${OUTPUT_DIR:-}" ]] || command+=(--output-dir "$OUTPUT_DIR")
@@ -74,7 +83,7 @@ sweep() {
     shift
     for dataset in $DATASETS; do
         for seed in $SEEDS; do
-            name="${NAME:-$method}-$dataset-seed$seed"
+            name="${NAME:-$method}-${dataset##*:}-seed$seed"
             run "$dataset" --modelwrapper "$method" "${COMMON[@]}" --seed "$seed" \
                 --log-path "$name" --wandb-name "$name" "$@"
         done
@@ -103,9 +112,9 @@ llama_ood_all() { # METHOD FLAGS...
     STEPS=0 llama_settings
     for dataset in $shifted; do
         for seed in $SEEDS; do
-            name="$method-$source-seed$seed"
+            name="$method-${source##*:}-seed$seed"
             run "$dataset" --modelwrapper "$method" "${COMMON[@]}" \
-                --seed "$seed" --log-path "$name-on-$dataset" --wandb-name "$name-on-$dataset" \
+                --seed "$seed" --log-path "$name-on-${dataset##*:}" --wandb-name "$name-on-${dataset##*:}" \
                 --load-lora-path "$(folder "$method" "$source" "$name")" \
                 --ood-ori-dataset "$source" "$@"
         done
@@ -119,7 +128,7 @@ post_hoc() {
     shift 2
     for dataset in $DATASETS; do
         for seed in $SEEDS; do
-            name="$base-$dataset-seed$seed"
+            name="$base-${dataset##*:}-seed$seed"
             run "$dataset" --modelwrapper "$method" "${DATA[@]}" --seed "$seed" \
                 --load-lora-path "$(folder "$base" "$dataset" "$name")" \
                 --log-path "$method-$name${SUFFIX:-}" --wandb-name "$method-$name${SUFFIX:-}" \

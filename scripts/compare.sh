@@ -29,6 +29,14 @@ train() { # NAME METHOD SEED FLAGS...
         --log-path "$name" "$@"
 }
 
+post_hoc() { # NAME METHOD SEED BASE FLAGS...
+    local name="$1-seed$3" method="$2" seed="$3" base="$4-seed$3"
+    shift 4
+    echo "== $name"
+    "$PYTHON_BIN" main.py "${COMMON[@]}" --modelwrapper "$method" --seed "$seed" --log-path "$name" \
+        --load-lora-path "$OUT/map/$MODEL/bbc_headlines/$base" --checkpoint "$@"
+}
+
 for seed in $SEEDS; do
     train mle mle "$seed"
     train map map "$seed" --opt-wd 1e-2
@@ -36,11 +44,9 @@ for seed in $SEEDS; do
     train mcdropout mcdropout "$seed"
     train deepensemble deepensemble "$seed"
     train blob blob "$seed" --bayes-klreweighting --bayes-kllr 0.01
-    for method in laplace tfb; do
-        echo "== $method-seed$seed"
-        "$PYTHON_BIN" main.py "${COMMON[@]}" --modelwrapper "$method" --seed "$seed" \
-            --log-path "$method-seed$seed" --checkpoint \
-            --load-lora-path "$OUT/map/$MODEL/bbc_headlines/map-seed$seed"
-    done
+    post_hoc laplace laplace "$seed" map
+    # on the adapter that has not seen the rows which the prior precision is chosen by
+    post_hoc laplace-validation laplace "$seed" map-temperature --laplace-prior-precision validation
+    post_hoc tfb tfb "$seed" map
 done
 "$PYTHON_BIN" scripts/report.py "$OUT"

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from dataset import DATASETS
 from dataset.sources import Hub, HubGroup
 from dataset.tasks import Task
+from utils.registry import did_you_mean
 
 
 def origin(task: Task) -> str:
@@ -37,6 +38,10 @@ def describe(kind: str, task: Task) -> str:
 
 
 if __name__ == "__main__":
+    known = {name for cls in DATASETS.values() for name in cls.tasks}
+    for wanted in sys.argv[1:]:
+        if wanted not in known:
+            sys.exit(f"unknown task '{wanted}'{did_you_mean(wanted, known)}")
     for kind, cls in DATASETS.items():
         for name, task in cls.tasks.items():
             if not sys.argv[1:] or name in sys.argv[1:]:

@@ -420,7 +420,8 @@ def finish(
     if ".py:" not in (args.modelwrapper or ""):
         args.modelwrapper = (args.modelwrapper or "").lower()
 
-    _adopt_from_run(args)
+    trained = _adopt_from_run(args)
+    args.adapter_dataset = trained.get("dataset")
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(args, name) is not None:
             notice_once(f"{_spelling(name)} has no effect: {reason}.")
@@ -469,7 +470,7 @@ def finish(
         if getattr(args, name) is None:
             setattr(args, name, args.seed)
     check_method(args)
-    _settle_hold_out(args)
+    _settle_hold_out(args, trained)
     args.opt_wd = 0.0 if args.opt_wd is None else args.opt_wd
     if args.load_lora_path is None:  # else None means: as the adapter says
         args.lora_r = 8 if args.lora_r is None else args.lora_r
@@ -478,35 +479,67 @@ def finish(
     return args.freeze()
 
 
-def _adopt_from_run(args: Args) -> None:
-    """What `--load-lora-path RUN` knows of its base model and data need not be said again."""
+def _adopt_from_run(args: Args) -> dict[str, Any]:
+    """What `--load-lora-path RUN` knows of its base model and data need not be said again.
+
+    Returns:
+        all flags of that run; none where there is no args.json.
+    """
     if args.load_lora_path is None or args.load_lora_huggingface_repo is not None:
-        return
+        return {}
     file = Path(args.load_lora_path) / "args.json"
     if not file.is_file():
-        return
+        return {}
     content = read_json(file, "--load-lora-path")
-    trained = content.get("args", {})
+    trained = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(trained, dict):
+        raise UsageError(f"--load-lora-path: {file} is no run's args.json; remove or restore it.")
     for group in ADOPTED:
         is_preset = "protocol" in args.given and group[0] in PROTOCOLS[args.protocol]
         if not is_preset and not any(name in args.given for name in group):
             for name in group:
                 setattr(args, name, trained.get(name, getattr(args, name)))
-    if args.hold_out is None and args.dataset == trained.get("dataset"):
-        args.hold_out = trained.get("hold_out")
+    return trained
 
 
-def _settle_hold_out(args: Args) -> None:
-    """Whether part of the training set is held out: said, known of the adapter, or needed."""
+# Which rows are held out depends on these.
+SPLIT_FLAGS = ("data_dir", "limit_train", "held_out", "seed_split")
+
+
+def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
+    """Whether part of the training set is held out: said, needed, or known of the adapter's run.
+
+    Raises:
+        UsageError: rows that the adapter was trained on would pass for held-out ones.
+    """
     needed = args.temperature_scaling or args.testing_set == "train_val"
     if needed and args.hold_out is False:
         flag = "--temperature-scaling" if args.temperature_scaling else "--testing-set train_val"
-        source = f" of the adapter in {args.load_lora_path}" if args.load_lora_path else ""
-        raise UsageError(
-            f"{flag} needs rows that were not trained on, but the training set{source} is whole "
-            "(--hold-out false); train with --hold-out."
+        raise UsageError(f"{flag} needs held-out rows, but --hold-out is false; drop that.")
+    wanted = bool(args.hold_out or needed)
+    if args.load_lora_path is not None and args.dataset == trained.get("dataset"):
+        held_out = trained.get("hold_out", False)
+        changed = [name for name in SPLIT_FLAGS if getattr(args, name) != trained.get(name)]
+        if wanted and not held_out:
+            raise UsageError(
+                "rows that were not trained on are needed (--temperature-scaling, --testing-set "
+                "train_val, --hold-out or a prior precision from validation), but the adapter in "
+                f"{args.load_lora_path} was trained on the whole training set; train it with "
+                "--hold-out."
+            )
+        if wanted and changed:
+            flags = ", ".join(_spelling(name) for name in changed)
+            raise UsageError(
+                f"{flags}: other rows than those that the adapter in {args.load_lora_path} was not "
+                "trained on would be held out; drop it."
+            )
+        wanted = wanted or (held_out and args.hold_out is None and not changed)
+    elif args.load_lora_path is not None and wanted:
+        notice_once(
+            f"Nothing is known of the rows that the adapter in {args.load_lora_path} was trained "
+            "on; the held-out ones may be among them."
         )
-    args.hold_out = bool(args.hold_out or needed)
+    args.hold_out = wanted
 
 
 def _as_argv(parser: Parser, config: dict[str, Any]) -> list[str]:

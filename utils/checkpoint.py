@@ -212,7 +212,8 @@ class RunFolder:
                 return
             stored = read_json(stored_file, "--resume")["args"]
             free = {"resume", "overwrite", "config", "tracker", "nowand", "save_per_steps"}
-            free |= {"wandb_entity", "wandb_project", "wandb_name"}
+            free |= {"wandb_entity", "wandb_project", "wandb_name", "output_dir", "device"}
+            free |= {"eval_batch_size", "gradient_checkpointing"}  # the remedies of a full memory
             differing = [
                 f"--{key.replace('_', '-')} is {getattr(args, key)!r}, the stored run has {value!r}"
                 for key, value in stored.items()
@@ -255,6 +256,7 @@ class RunFolder:
         patterns = ["history.jsonl", "metrics.json", "predictions*.safetensors", "log.txt"]
         if not keep_adapter:
             patterns += ["adapter_*", "bayes_config.json", "member*/adapter_*"]
+            patterns += ["laplace.safetensors"]
         for pattern in patterns:
             for file in self.path.glob(pattern):
                 file.unlink()

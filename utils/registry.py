@@ -54,9 +54,11 @@ def load_from_file(spec: str, what: str) -> Any:
         sys.modules[module_name] = module
         try:
             module_spec.loader.exec_module(module)
-        except Exception:
+        except Exception as error:
             del sys.modules[module_name]
-            raise
+            raise UsageError(
+                f"{what} '{spec}': {path} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
         raise UsageError(f"{what} '{spec}': {path} has no '{name}'{did_you_mean(name, public)}")
