@@ -120,16 +120,18 @@ def open_run_folder(args: Args, accelerator: Accelerator) -> RunFolder:
         folder.check_writable()
         folder.check_against_earlier_run(args)
     accelerator.wait_for_everyone()
-    setup_logging(accelerator.is_main_process)
+    setup_logging(accelerator.is_main_process, folder.path / "log.txt")
     return folder
 
 
 def begin_run(folder: RunFolder, args: Args, accelerator: Accelerator) -> None:
-    """args.json and log.txt begin, and what an earlier run has left goes.
+    """args.json and log.txt begin anew, and what an earlier run has left goes.
 
     Not before data and model are there: a call that cannot work takes nothing away.
     """
-    if accelerator.is_main_process and not (args.resume and folder.states):
+    if args.resume and folder.states:
+        return
+    if accelerator.is_main_process:
         source = Path(args.load_lora_path or ".").resolve()
         folder.clear(keep_adapter=source == folder.path.resolve())
         stored = {

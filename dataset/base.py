@@ -390,11 +390,16 @@ class DatasetBase(ABC):
             )
         return examples
 
+    @property
+    def max_length(self) -> int:
+        """--max-seq-len, or what the tokenizer's model takes at most."""
+        return min(self.args.max_seq_len, self.tokenizer.model_max_length)
+
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """Pad token lists to one length: the longest's, or --max-seq-len."""
         width = max(len(example["input_ids"]) for example in examples)
         if self.args.pad_to_max_length:
-            width = max(width, self.args.max_seq_len)
+            width = max(width, self.max_length)
         batch: dict[str, Tensor] = {}
         for key in examples[0]:
             values = [example[key] for example in examples]

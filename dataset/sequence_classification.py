@@ -16,9 +16,8 @@ class SequenceClassification(DatasetBase):
     def encode(self, row: Row) -> tuple[Example, bool]:
         """Tokens of the sentences, with `token_type_ids` where the tokenizer makes them."""
         texts = self.task.prompt(row)
-        max_length = min(self.args.max_seq_len, self.tokenizer.model_max_length)
         encoded = dict(self.tokenizer(*texts))
-        cut = len(encoded["input_ids"]) > max_length
+        cut = len(encoded["input_ids"]) > self.max_length
         if cut:
-            encoded = dict(self.tokenizer(*texts, truncation=True, max_length=max_length))
+            encoded = dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length))
         return encoded, cut

@@ -112,6 +112,8 @@ INSTRUCTION = "Return the label of the correct answer for the question below.\n\
 
 def multiple_choice(question: str, choices: list[str], form: str = "{letter}) {text}") -> Prompt:
     """Instruction, question, one line per choice, and "Answer:"."""
+    if isinstance(choices, str):
+        raise ValueError(f"the choices are no list, but {choices!r}")
     if not 0 < len(choices) <= len(LETTERS):
         raise ValueError("no choices" if not choices else f"more than {len(LETTERS)} choices")
     # Rows with answers 1..4 are shown with letters like all others: the answer tokens are letters.

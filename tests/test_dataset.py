@@ -185,6 +185,39 @@ def test_text_in_brackets_is_text(tiny_llama, tmp_path):
     assert multiple_choice(tiny_llama, tmp_path).num_samples == 2
 
 
+def test_a_list_in_a_csv_cell_is_a_list(tiny_llama, tmp_path):
+    """MMLU's choices; the mark in front is Excel's."""
+    text = 'question,choices,answer\nWhat?,"[""a"", ""b"", ""c"", ""d""]",2\n'
+    (tmp_path / "test.csv").write_text(text, encoding="utf-8-sig")
+    flags = ["--testing-set", "test"]
+    dataset = multiple_choice(tiny_llama, tmp_path, *flags, task="MMLU-chem")
+    prompt = dataset.tokenizer.decode(dataset.test_rows[0]["input_ids"])
+    assert "B) b\nC) c" in prompt and dataset.test_rows[0]["labels"] == 2
+
+
+def test_choices_that_are_no_list_are_an_error(tiny_llama, tmp_path):
+    write_jsonl(tmp_path / "test.jsonl", [{"question": "What?", "choices": "abcd", "answer": 2}])
+    with pytest.raises(UsageError, match="the choices are no list"):
+        _ = multiple_choice(
+            tiny_llama, tmp_path, "--testing-set", "test", task="MMLU-chem"
+        ).test_rows
+
+
+def test_a_users_file_that_cannot_be_imported_is_an_error(tiny_llama, tmp_path):
+    (tmp_path / "broken.py").write_text("TASK = (\n")
+    with pytest.raises(UsageError, match=r"broken.py cannot be imported: SyntaxError"):
+        multiple_choice(tiny_llama, tmp_path, task=f"{tmp_path}/broken.py:TASK")
+
+
+def test_padding_to_the_longest_keeps_to_what_an_encoder_takes(tiny_bert, data_dir):
+    args = parse_args(
+        f"--dataset-type bertds --dataset bbc_headlines --model {tiny_bert} --modelwrapper mle "
+        f"--data-dir {data_dir} --pad-to-max-length".split()
+    )
+    loader = SequenceClassification(args, accelerator()).test_dataloader
+    assert next(iter(loader))["input_ids"].shape[1] == 64, "model_max_length"
+
+
 def test_a_file_that_is_not_utf8_is_an_error(tiny_llama, tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xe9", "topic": "tech"}\n')
     with pytest.raises(UsageError, match=r"train.jsonl is not UTF-8"):
@@ -308,6 +341,14 @@ def test_an_adapters_own_answers_are_read_where_the_spaces_agree(tiny_llama, tmp
     assert answers("MMLU-chem", "obqa") == tuple("ABCD")
     assert answers("ARC-Easy", "obqa") == tuple("ABCDE"), "a row may have the answer E"
     assert answers("boolq", "obqa") == ("True", "False")
+
+
+def test_shifted_data_in_the_same_run_are_read_with_the_same_answers(tiny_llama, tmp_path):
+    (tmp_path / "obqa").mkdir()
+    flags = ["--ood-datasets", "obqa"]
+    dataset = multiple_choice(tiny_llama, tmp_path, *flags, task="ARC-Easy")
+    assert dataset.ood_datasets["obqa"].task.choices == tuple("ABCDE")
+    assert torch.equal(dataset.ood_datasets["obqa"].target_ids, dataset.target_ids)
 
 
 def test_a_classifier_cannot_take_other_classes(tiny_bert, tmp_path):

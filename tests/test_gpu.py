@@ -15,12 +15,21 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
-@pytest.mark.parametrize("method", ["map", "mcdropout", "deepensemble", "blob"])
+@pytest.mark.parametrize("method", ["map", "mcdropout", "deepensemble", "blob", "laplace"])
 def test_every_method_trains_and_predicts_on_the_gpu(causal_flags, method, quantization):
     flags = [*causal_flags[:-2], "--device", "cuda", "--modelwrapper", method, "--n-epochs", "4"]
     metrics = main.main([*flags, "--quantization", quantization, "--checkpoint"])
     assert metrics.nll < 2
     assert (run_folder(flags) / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["blob", "laplace"])
+def test_a_stored_posterior_predicts_on_the_gpu(causal_flags, method):
+    flags = [*causal_flags[:-2], "--device", "cuda", "--modelwrapper", method, "--n-epochs", "2"]
+    main.main([*flags, "--apply-classhead-lora", "--checkpoint"])
+    again = ["--modelwrapper", method, "--load-lora-path", str(run_folder(flags)), "--nowand"]
+    metrics = main.main([*again, "--log-path", "again", "--device", "cuda"])
+    assert metrics.nll < 2
 
 
 def test_a_killed_run_resumes_with_the_gpus_noise_where_it_was(causal_flags, monkeypatch):

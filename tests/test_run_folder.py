@@ -102,6 +102,23 @@ def test_the_reason_of_a_failure_is_in_the_log(causal_flags, tmp_path):
     assert "no adapter_config.json" in (run_folder(flags) / "log.txt").read_text()
 
 
+def test_a_call_that_cannot_work_takes_nothing_of_an_earlier_run_away(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "3", "--checkpoint"]
+    main.main(flags)
+    folder = run_folder(flags)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".txt"}
+    for wrong in (["--ood-datasets", "bbc_bodie"], ["--data-dir", "nowhere"]):
+        assert main.run([*flags, *wrong]) == 2
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".txt"}
+    assert after == before
+
+
+def test_a_resumed_run_may_take_less_memory(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "3"]
+    interrupted(flags)
+    main.main([*flags, "--resume", "--eval-batch-size", "4", "--gradient-checkpointing"])
+
+
 def interrupted(flags) -> Path:
     """A folder as a kill after update 2 leaves it."""
     args, _, wrapper = build(flags)

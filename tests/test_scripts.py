@@ -50,6 +50,32 @@ def test_every_printed_command_parses(script):
     assert len(folders) == len(commands), "no run overwrites another"
 
 
+def test_no_script_takes_another_ones_run_for_its_own():
+    """One folder is one command line, over all scripts."""
+    commands = {}
+    for script in SWEEPS:
+        for command in dry_run(script, SEEDS="1"):
+            folder = main.run_folder_path(main.parse_args(command))
+            assert commands.setdefault(folder, command) == command, script
+
+
+def test_the_gpus_that_are_visible_are_counted():
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts/map/map-llama-all.sh")],
+        env=os.environ | {"DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": "3,5"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--config_file configs/accelerate/ddp.yaml --num_processes 2 main.py" in result.stdout
+
+
+def test_a_task_from_a_users_file_gives_its_name_to_the_run():
+    flags = {"DATASETS": "my/tasks.py:MINE", "SEEDS": "1"}
+    (first,) = dry_run(ROOT / "scripts/map/map-llama-all.sh", **flags)
+    assert first[first.index("--log-path") + 1] == "map-MINE-seed1"
+
+
 def test_the_published_settings_of_blob():
     llama = main.parse_args(dry_run(ROOT / "scripts/blob/blob-llama-all.sh")[0])
     assert (llama.model, llama.quantization) == ("meta-llama/Llama-2-7b-hf", "8bit")

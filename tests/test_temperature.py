@@ -54,6 +54,19 @@ def test_a_run_reports_the_scaled_row_beside_the_raw_one(causal_flags, method):
     assert scaled["nll"] == pytest.approx(negative_log_likelihood(again, stored["labels"]))
 
 
+@pytest.mark.parametrize("method", ["laplace", "tfb"])
+def test_a_post_hoc_method_is_scaled_on_rows_that_its_adapter_has_not_seen(causal_flags, method):
+    first = [*causal_flags, "--modelwrapper", "map", "--max-train-steps", "6", "--hold-out"]
+    main.main([*first, "--checkpoint"])
+    flags = [*causal_flags, "--modelwrapper", method, "--load-lora-path", str(run_folder(first))]
+    flags += ["--temperature-scaling", *(["--th", "0.5"] if method == "tfb" else [])]
+    main.main(flags)
+    folder = run_folder(flags)
+    block = json.loads((folder / "metrics.json").read_text())["datasets"]["bbc_headlines"]
+    held_out = load_file(folder / "predictions-held_out.safetensors")
+    assert len(held_out["labels"]) == 8 and block["temperature_scaled"]["temperature"] > 0
+
+
 def test_held_out_rows_are_not_trained_on_and_hang_on_their_seed_only(causal_flags):
     flags = [*causal_flags, "--modelwrapper", "mle", "--temperature-scaling"]
     held_out = []

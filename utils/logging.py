@@ -14,11 +14,13 @@ logger = logging.getLogger("bayesian_peft")
 def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
     """Messages go to the terminal and, once it is known, to the run's log file.
 
-    Only the main process speaks below warnings. What it said before the file was known is written
-    there first.
+    Only the main process speaks below warnings. What it has said since the last call without a file
+    is written there first.
     """
     _quiet_libraries()
-    early = [record for h in logger.handlers if isinstance(h, _Memory) for record in h.records]
+    memory = _Memory()
+    if log_file is not None:
+        memory = next((h for h in logger.handlers if isinstance(h, _Memory)), memory)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
@@ -34,19 +36,18 @@ def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
     if log_file is not None and is_main_process:
         file = logging.FileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        for record in early:
+        for record in memory.records:
             file.handle(record)
         logger.addHandler(file)
-    else:
-        logger.addHandler(_Memory(early))
+    logger.addHandler(memory)
 
 
 class _Memory(logging.Handler):
-    """Keeps records until there is a file for them."""
+    """Keeps records for a file that is not there yet."""
 
-    def __init__(self, records: list[logging.LogRecord]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.records = records
+        self.records: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
