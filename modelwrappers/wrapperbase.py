@@ -901,6 +901,12 @@ class WrapperBase(PeftModel):
             get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             | self._trained_base_tensors()
         )
+        if any(".lora_A_rho" in key for key in tensors.keys() - expected.keys()):
+            logger.info(
+                "%s holds the spread of a Gaussian posterior; --modelwrapper %s takes its mean.",
+                folder,
+                self.args.modelwrapper,
+            )
         missing = sorted(expected.keys() - tensors.keys())
         if missing:
             raise UsageError(
