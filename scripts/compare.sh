@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method on the embedded encoder (about eight minutes a seed on two cores), or on the embedded
+# Every method on the embedded encoder (about twelve minutes a seed on two cores), or on the embedded
 # language model with MODEL=smollm2-135m (hours): trained on BBC headlines, evaluated on held-out
 # headlines and, as the shifted test set, on the bodies of the same articles. Three seeds; ends with
 # the report: tables on the terminal, checkpoints/compare/report/report.html. A finished run is

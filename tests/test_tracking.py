@@ -61,5 +61,6 @@ def test_args_json_says_what_made_the_run(causal_flags):
     main.main(flags)
     stored = json.loads((run_folder(flags) / "args.json").read_text())
     assert stored["args"]["lr"] == 1e-2
-    assert set(stored["run"]) == {"command", "commit", "host", "started", "python", "libraries"}
+    known = {"command", "commit", "host", "started", "python", "libraries", "num_processes"}
+    assert set(stored["run"]) == known
     assert stored["run"]["libraries"]["peft"]

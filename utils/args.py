@@ -35,11 +35,10 @@ WITHOUT_EFFECT = {
 # Within a group nothing is taken when one of its flags is given.
 ADOPTED = (
     ("model", "load_model_path"),
-    ("model_type",),
+    ("model_type", "dataset_type"),
     ("quantization", "load_in_8bit"),
     ("dtype",),
     ("dataset", "data_dir", "limit_train"),
-    ("dataset_type",),
     ("max_seq_len",),
     ("seed_split",),
     ("held_out",),
