@@ -14,15 +14,17 @@ import pytest
 import torch
 from conftest import ROOT, run_folder
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 
 import main
 from utils import uncertainty as u
 from utils.checkpoint import write_json, write_tensors
 from utils.metrics import posterior_predictive, score
 from utils.report.collect import Options, collect
+from utils.report.measure import Examples
 from utils.report.plots import wilson
 from utils.report.runs import find_runs
-from utils.report.significance import interval, paired_difference, resample, seed_weights
+from utils.report.significance import interval, mean_over_seeds, paired_difference, resample
 from utils.report.tables import comma_separated, latex, markdown, terminal
 from utils.temperature import scale
 
@@ -243,7 +245,6 @@ def test_shifted_examples_are_held_against_source_examples(tmp_path):
     make_run(tmp_path, shifted=True)
     _, shifted = report_on(tmp_path).families
     (run,), _ = find_runs([tmp_path])
-    from utils.report.measure import Examples
     from utils.report.runs import read_predictions
 
     scores = [Examples.of(read_predictions(e)).scores["entropy"] for e in run.evaluations]
@@ -374,11 +375,77 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_approximation():
     assert high == pytest.approx(0.75 + half, abs=0.003)
 
 
-def test_resampling_seeds_has_the_spread_of_a_mean():
-    weights = seed_weights((1, 2, 3), 20000, 0)
-    np.testing.assert_allclose(weights.sum(1), 1)
-    values = np.array([1.0, 2.0, 6.0])
-    assert (weights @ values).std() == pytest.approx(values.std() / 3**0.5, rel=0.02)
+def test_seeds_alone_give_the_t_interval_of_their_mean():
+    values = {1: 1.0, 2: 2.0, 3: 6.0}
+    value, low, high = mean_over_seeds(values, dict.fromkeys(values, np.zeros(9)))
+    expected = student.interval(0.95, 2, loc=3.0, scale=np.std([1, 2, 6], ddof=1) / 3**0.5)
+    assert value == 3.0 and (low, high) == pytest.approx((max(0, expected[0]), expected[1]))
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("of_examples", [0.1, 1.0])
+def test_seed_noise_alone_is_rarely_significant(num_seeds, of_examples):
+    rng = np.random.default_rng(num_seeds)
+    seeds, found = range(num_seeds), 0
+    for _ in range(600):
+        shared = rng.normal(0, of_examples)  # noise of the test examples, the same for all seeds
+        values = [dict(zip(seeds, rng.normal(size=num_seeds), strict=True)) for _ in range(2)]
+        values[0] = {seed: value + shared for seed, value in values[0].items()}
+        resampled = rng.normal(0, of_examples, 100)
+        replicates = dict.fromkeys(seeds, resampled), dict.fromkeys(seeds, np.zeros(100))
+        no_floors = (dict.fromkeys(seeds, 0.0),) * 2
+        found += paired_difference(tuple(values), replicates, no_floors).significant
+    assert found / 600 < 0.07
+
+
+CALIBRATION_ERRORS = {
+    "ece": lambda e, w: u.calibration_errors(*e.top, 15, w)[0],
+    "ece_adaptive": lambda e, w: u.adaptive_calibration_error(*e.top, 15, w),
+    "ece_smooth": lambda e, w: (
+        e.smooth[0] if w is None else u.smooth_error_at(*e.top, e.smooth[1], w)
+    ),
+    "ece_classwise": lambda e, w: u.classwise_calibration_error(e.probs, e.labels, 15, w),
+    "brier_calibration": lambda e, w: u.brier_calibration(e.probs, e.labels, 15, w),
+}
+
+
+def compared(seed, temperatures, n=200, keys=("ece",)):
+    """Differences of two rows, unsure and sure, whose labels are as they say at temperature 1."""
+    rng = np.random.default_rng(seed)
+    ((weights,),) = resample({7: n}, 100, seed)
+    sides = []
+    for mean, temperature in zip((1.0, 4.0), temperatures, strict=True):
+        logits = rng.normal(mean, 0.4, n) * rng.choice([-1, 1], n)
+        labels = (rng.random(n) < 1 / (1 + np.exp(-logits))).astype(int)
+        scaled = np.stack([np.zeros(n), logits / temperature], 1)
+        log_probs = scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+        e = Examples(log_probs[:, None], labels, log_probs)
+        floors = u.noise_floors(e.probs, 15, seed)
+        errors = {key: CALIBRATION_ERRORS[key] for key in keys}
+        sides.append(
+            {k: (error(e, None), error(e, weights), floors[k]) for k, error in errors.items()}
+        )
+    return {
+        key: paired_difference(
+            *(tuple({1: side[key][part]} for side in sides) for part in range(3))
+        )
+        for key in keys
+    }
+
+
+def test_a_sharper_calibrated_model_is_not_called_better_calibrated():
+    found = [compared(seed, (1.0, 1.0), keys=CALIBRATION_ERRORS) for seed in range(12)]
+    for key in CALIBRATION_ERRORS:
+        assert sum(differences[key].significant for differences in found) <= 1, key
+    # without the floors the difference in noise would pass for one in calibration
+    assert np.mean([differences["ece"].value for differences in found]) > 0.02
+
+
+def test_true_over_confidence_is_still_found():
+    found = [compared(seed, (0.3, 1.0))["ece"] for seed in range(4)]
+    assert all(difference.low > 0 for difference in found)
+    found = [compared(seed, (1.0, 2.5))["ece"] for seed in range(4)]
+    assert all(difference.high < 0 for difference in found)
 
 
 def test_a_paired_difference_cancels_what_both_sides_share():
@@ -387,7 +454,8 @@ def test_a_paired_difference_cancels_what_both_sides_share():
     first, second = hard + rng.normal(0, 0.1, 500), hard + 0.05 + rng.normal(0, 0.1, 500)
     values = {1: first.mean()}, {1: second.mean()}
     replicates = {1: replicates_of(first)}, {1: replicates_of(second)}
-    difference, low, high = paired_difference(values, replicates, 4000, 0)
+    difference, low, high, common = paired_difference(values, replicates, ({1: 0}, {1: 0}))
+    assert common == 1
     half = norm.ppf(0.975) * (first - second).std() / 500**0.5
     assert (low, high) == pytest.approx((difference - half, difference + half), abs=0.002)
     assert high < 0, "unpaired the two could not be told apart"
@@ -397,13 +465,15 @@ def test_a_difference_is_taken_on_the_seeds_that_both_sides_have():
     rng = np.random.default_rng(0)
     replicates = [{seed: rng.normal(size=50) for seed in seeds} for seeds in ((1, 2), (2, 3))]
     values = {1: 9.0, 2: 3.0}, {2: 1.0, 3: 0.0}
-    difference, low, high = paired_difference(values, tuple(replicates), 50, 0)
+    floors = tuple(dict.fromkeys(side, 0.0) for side in ((1, 2, 4), (2, 3)))
+    difference, low, high, common = paired_difference(values, tuple(replicates), floors)
     shift = replicates[0][2] - replicates[1][2]
-    assert difference == 2.0
+    assert difference == 2.0 and common == 1
     assert (low, high) == pytest.approx(interval(2.0, shift))
     without = {1: 9.0, 4: 3.0}, {2: 1.0, 3: 0.0}
     replicates[0][4] = replicates[0].pop(2)
-    assert paired_difference(without, tuple(replicates), 50, 0)[0] == 5.5, "each side's own"
+    difference = paired_difference(without, tuple(replicates), floors)
+    assert difference.value == 5.5 and not difference.num_common, "each side's own"
 
 
 def test_the_interval_of_the_ece_holds_the_estimate_of_a_calibrated_model():
@@ -418,7 +488,7 @@ def test_the_interval_of_the_ece_holds_the_estimate_of_a_calibrated_model():
             for (weights,) in resample({7: 300}, 1000, 0)
         ]
     )
-    low, high = interval(ece, replicates, 0.0, 1.0)
+    low, high = interval(ece, replicates, 0.0, 0.0, 1.0)
     assert replicates.mean() > ece + 0.01 and 0 <= low < ece < high
 
 
@@ -432,7 +502,7 @@ def test_bold_is_only_what_is_better_than_every_other_row(tmp_path):
     shutil.rmtree(tmp_path / "map")
     (family,) = report_on(tmp_path, resamples=500).families
     assert {row.name: row.cells["nll"].mark for row in family.rows} == {"mle": "best", "tfb": ""}
-    difference, low, _ = family.rows[1].cells["nll"].difference
+    difference, low, *_ = family.rows[1].cells["nll"].difference
     assert family.baseline == "mle" and difference > low > 0
 
 

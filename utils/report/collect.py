@@ -25,11 +25,13 @@ from utils.report.runs import (
     settings_key,
 )
 from utils.report.significance import (
-    interval,
+    Difference,
     mean_over_seeds,
     paired_difference,
     resample,
 )
+from utils.seeding import mix_seed
+from utils.uncertainty import noise_floors
 
 POINT_ESTIMATES = ("mle", "map")  # what other methods are held against, in this order
 SHOWN_FLAGS = 4  # of a row's settings, in its name
@@ -52,6 +54,7 @@ class Result:
     Attributes:
         values: metric -> value.
         replicates: metric -> its (R,) values on resampled examples.
+        floors: metric -> what it would be if the model were calibrated, where that is not 0.
         temperature: what the logits were divided by, if anything.
     """
 
@@ -65,6 +68,7 @@ class Result:
     temperature: float | None
     values: dict[str, float]
     replicates: dict[str, np.ndarray]
+    floors: dict[str, float]
     curves: Curves
 
 
@@ -75,7 +79,8 @@ class Cell(NamedTuple):
         low, high: the 95 % interval.
         spread: standard deviation over seeds; NaN for one seed.
         mark: "best" if better than every other row, "tied" if not told apart from the best one.
-        difference: (first, low, high) against the family's baseline; None on that row itself.
+        difference: from the family's baseline; None on that row itself.
+        floor: what the metric would be if the model were calibrated; 0 where that is no question.
     """
 
     value: float
@@ -83,7 +88,8 @@ class Cell(NamedTuple):
     high: float
     spread: float
     mark: str
-    difference: tuple[float, float, float] | None
+    difference: Difference | None
+    floor: float
 
 
 @dataclass
@@ -218,6 +224,10 @@ def _measure(
     values = measure(examples, options.num_bins)
     if source is not None:
         values |= measure_shift(source[1], examples)
+    floors = noise_floors(
+        examples.probs, options.num_bins, mix_seed("calibrated labels", options.seed, own)
+    )
+    values["ece_floor"] = floors["ece"]
     chunks = defaultdict(list)
     for weights in resample(sizes, options.resamples, options.seed):
         measured = measure(examples, options.num_bins, weights[0])
@@ -236,8 +246,9 @@ def _measure(
         temperature=temperature,
         values={key: float(value) for key, value in values.items()},
         replicates={
-            key: np.concatenate(chunks[key]) if chunks[key] else np.empty(0) for key in values
+            key: np.concatenate(chunks[key]) if key in chunks else np.empty(0) for key in values
         },
+        floors=floors | {"brier_refinement": -floors["brier_calibration"]},
         curves=curves(examples, options.num_bins),
     )
 
@@ -305,7 +316,7 @@ def _family(
     first = rows[0].results[0]
     baseline = rows[0]
     for row in rows:
-        _fill_cells(row, rows, baseline, options)
+        _fill_cells(row, baseline)
     mark_best(rows, options)
     all_seeds = {seed for row in rows for seed in row.seeds}
     notes = [
@@ -331,41 +342,33 @@ def _family(
     )
 
 
-def _by_seed(row: Row, key: str) -> tuple[dict, dict]:
-    """seed -> value, seed -> replicates."""
+def _by_seed(row: Row, key: str) -> tuple[dict, dict, dict]:
+    """seed -> value, seed -> replicates, seed -> noise floor."""
     return (
         {result.run.seeds: result.values[key] for result in row.results},
         {result.run.seeds: result.replicates[key] for result in row.results},
+        {result.run.seeds: result.floors.get(key, 0.0) for result in row.results},
     )
 
 
-def _fill_cells(row: Row, rows: list[Row], baseline: Row, options: Options) -> None:
+def _fill_cells(row: Row, baseline: Row) -> None:
     for key, metric in METRICS.items():
         if any(key not in result.values for result in row.results):
             continue
-        values, replicates = _by_seed(row, key)
-        seeds = tuple(sorted(values, key=repr))
-        value, resampled = mean_over_seeds(
-            values, replicates, seeds, options.resamples, options.seed
-        )
+        values, replicates, floors = _by_seed(row, key)
         row.cells[key] = Cell(
-            value,
-            *interval(value, resampled, 0.0, metric.highest),
+            *mean_over_seeds(values, replicates, metric.highest),
             spread=float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else np.nan,
             mark="",
-            difference=None if row is baseline else _difference(row, baseline, key, options),
+            difference=None if row is baseline else _difference(row, baseline, key),
+            floor=float(np.mean(list(floors.values()))),
         )
 
 
-def _difference(
-    row: Row, other: Row, key: str, options: Options
-) -> tuple[float, float, float] | None:
+def _difference(row: Row, other: Row, key: str) -> Difference | None:
     if any(key not in result.values for result in other.results):
         return None
-    (values, replicates), (others, other_replicates) = _by_seed(row, key), _by_seed(other, key)
-    return paired_difference(
-        (values, others), (replicates, other_replicates), options.resamples, options.seed
-    )
+    return paired_difference(*zip(_by_seed(row, key), _by_seed(other, key), strict=True))
 
 
 def mark_best(rows: list[Row], options: Options) -> None:
@@ -386,9 +389,9 @@ def mark_best(rows: list[Row], options: Options) -> None:
         for row in having:
             if row is best:
                 continue
-            _, low, high = _difference(row, best, key, options)
+            found = _difference(row, best, key)
             # On the seeds that both have, the best one could even be the worse: then they are tied.
-            is_worse = low > 0 if metric.better == "low" else high < 0
+            is_worse = found.low > 0 if metric.better == "low" else found.high < 0
             if not is_worse:
                 tied.append(row)
         for row in [best, *tied]:

@@ -54,6 +54,7 @@ TABLES: dict[str, tuple[Metric, ...]] = {
     "Accuracy and calibration": (
         Metric("acc", "ACC", "high", "share of correct predictions", 1),
         Metric("ece", "ECE", "low", "top-label, equal-width bins (arXiv 1706.04599)", 1),
+        Metric("ece_floor", "ECE if calibrated", "", "of labels drawn from the probabilities", 1),
         Metric("ece_adaptive", "adaptive ECE", "low", "bins of equal counts (arXiv 1508.05154)", 1),
         Metric("ece_classwise", "class-wise ECE", "low", "mean over classes (arXiv 1910.12656)", 1),
         Metric("mce", "MCE", "low", "the worst bin; noisy where bins hold few examples", 1),

@@ -6,7 +6,6 @@ import base64
 import math
 from html import escape
 
-from utils.report import significance
 from utils.report.collect import Cell, Family, Report, Row
 from utils.report.measure import METRICS, TABLES, Metric
 from utils.report.plots import Plot
@@ -202,6 +201,8 @@ def _cell(cell: Cell | None, family: Family) -> str:
     about = f"{family.num_examples} examples"
     if math.isfinite(cell.spread):
         about += f"; standard deviation over seeds {cell.spread:.3f}"
+    if cell.floor > 0:
+        about += f"; a calibrated model with these probabilities would have {cell.floor:.3f}"
     interval = bracket(cell.low, cell.high)
     return (
         f'<td data-value="{cell.value:.9g}" title="{about}">{value}'
@@ -218,15 +219,16 @@ def _differences(position: int, family: Family, text: str) -> str:
         cells = [_method(position, i, row)]
         for key in DIFFERENCES:
             cell = row.cells.get(key)
-            if cell is None or cell.difference is None or not math.isfinite(cell.difference[0]):
+            if cell is None or cell.difference is None or not math.isfinite(cell.difference.value):
                 cells.append(f'<td data-value="">{UNDEFINED}</td>')
                 continue
-            value, low, high = cell.difference
-            shown = signed(value)
-            if significance.is_significant(low, high):
+            found = cell.difference
+            shown = signed(found.value)
+            if found.significant:
                 shown = f"<strong>{shown}</strong>"
             cells.append(
-                f'<td data-value="{value:.9g}">{shown}<small>{bracket(low, high)}</small></td>'
+                f'<td data-value="{found.value:.9g}" title="{found.num_common} seed(s) in common">'
+                f"{shown}<small>{bracket(found.low, found.high)}</small></td>"
             )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return _sortable(head, lines, text)
@@ -274,22 +276,25 @@ def _plain_method() -> str:
 
 
 METHOD = """
-Resamples: each draws n of the n examples with replacement. All methods and seeds of a table see
-the same resamples, so differences are paired. Where a row has several seeds they are the outer
-level: each resample also draws S of the S seeds with replacement, for a difference the seeds that
-both sides have. A row's value is the mean over its seeds of the metric on all examples.
+Intervals are 95 %. Examples: resamples draw n of the n examples with replacement, the same ones for
+all methods and seeds of a table, so differences are paired; the deviations are the quantiles of the
+resampled values (means over the seeds) around their mean. Seeds: with S of them the half-width
+t(0.975, S - 1) · s / √S is added in quadrature, s being the standard deviation over seeds of the
+value, or of the difference on the seeds that both sides have. Intervals are put around the estimate
+and cut to the metric's range. Ranks of more than 2000 examples are resampled in 2000 blocks. Smooth
+ECE keeps the sample's bandwidth.
 
-Intervals are 95 %: quantiles of the resampled values around their mean, put around the estimate
-and cut to the metric's range. Resampling repeats examples, which raises binned calibration
-errors; centring takes that shift out again. Ranks of more than 2000 examples are resampled in
-2000 blocks. Smooth ECE keeps the sample's bandwidth.
+Calibration errors (ECE, adaptive, class-wise and smooth ECE, MCE, the Brier score's parts) are
+biased upwards by noise, the more the fewer examples there are and the less confident a model is:
+two calibrated models can differ. “ECE if calibrated” is the mean ECE of labels drawn from the row's
+own probabilities; the other errors' are in their tooltips and in tables.csv. The bias lies between
+0 and this. So the interval of a difference of such errors spans two: around the difference as it
+is, and around the one with what calibrated models would have taken off. It is significant (bold, or
+no †) only if both exclude 0. ACC, NLL and the Brier score have no such bias.
 
-Limits: binned calibration errors are biased upwards, the more the fewer examples there are (in a
-simulation of docs/log.md a perfectly calibrated model has a mean ECE of 0.044 on 200 examples and
-0.014 on 2000, with 15 bins). An interval lies around the value with its bias. ACC, NLL and the
-Brier score have no such bias. With one seed an interval holds the noise of the test examples
-only; with two or three, resampling seeds understates how much seeds vary. Nothing is corrected
-for the number of comparisons.
+Limits: with one seed an interval holds the noise of the test examples only; with two the t quantile
+is 12.7, so little is significant. The interval of a single calibration error lies around the value
+with its bias. Nothing is corrected for the number of comparisons.
 """
 
 
