@@ -22,7 +22,7 @@ from utils.checkpoint import write_json, write_tensors
 from utils.metrics import posterior_predictive, score
 from utils.report.collect import Options, collect
 from utils.report.measure import Examples
-from utils.report.plots import wilson
+from utils.report.plots import _entropy, wilson
 from utils.report.runs import find_runs
 from utils.report.significance import interval, mean_over_seeds, paired_difference, resample
 from utils.report.tables import comma_separated, latex, markdown, terminal
@@ -255,6 +255,151 @@ def test_shifted_examples_are_held_against_source_examples(tmp_path):
     assert auroc > 0.6, "the shifted predictions were made flatter"
 
 
+def change_json(file, **changes):
+    write_json(file, json.loads(file.read_text()) | changes)
+
+
+def test_runs_on_other_examples_are_no_repetitions(tmp_path):
+    make_run(tmp_path, name="small", n=60)
+    make_run(tmp_path, name="large", n=90)
+    make_run(tmp_path, name="shifted", n=90, shifted=True)
+    report = report_on(tmp_path, resamples=0)
+    found = {(family.dataset, family.num_examples) for family in report.families}
+    assert found == {("bbc_headlines", 60), ("bbc_headlines", 90), ("bodies", 90)}
+    (skipped,) = report.skipped  # of one seed and the same 90 headlines, one is enough
+    assert "the same method, settings, seed and examples" in skipped.reason
+
+
+def test_a_damaged_newer_run_does_not_replace_an_older_one(tmp_path):
+    old, new = (make_run(tmp_path, name=name) for name in ("1-old", "2-new"))
+    cut(new)
+    report = report_on(tmp_path, resamples=0)
+    assert [result.run.folder for result in report.families[0].rows[0].results] == [old]
+    (skipped,) = report.skipped
+    assert skipped.path == new and "cannot be read" in skipped.reason
+
+
+@pytest.mark.parametrize("adapters_are_there", [True, False])
+def test_one_seed_on_several_adapters_is_as_many_repetitions(tmp_path, adapters_are_there):
+    for seed in (1, 2, 3):
+        source = make_run(tmp_path, "map", seed)
+        path = str(source) if adapters_are_there else f"gone/map-seed{seed}"
+        make_run(tmp_path, "tfb", 1, name=f"tfb-on-{seed}", load_lora_path=path)
+    (family,) = report_on(tmp_path, resamples=20).families
+    tfb = family.rows[1]
+    assert tfb.seeds == ["1", "1 (adapter 2)", "1 (adapter 3)"] and not family.notes
+    assert tfb.cells["nll"].difference.num_common == 3, "paired with the adapters' own runs"
+
+
+def test_repetitions_on_one_adapter_are_paired_among_themselves(tmp_path):
+    source = make_run(tmp_path, "map", 1)
+    for method in ("tfb", "laplace"):
+        for seed in (1, 2):
+            make_run(tmp_path, method, seed, load_lora_path=str(source))
+    (family,) = report_on(tmp_path, resamples=20).families
+    assert [len(row.results) for row in family.rows] == [1, 2, 2]
+    assert {row.cells["nll"].difference.num_common for row in family.rows[1:]} == {0}
+
+
+def shifted_step(root, source, **flags):
+    return make_run(root, "blob", 1, num_draws=3, dataset="bodies", load_lora_path=source, **flags)
+
+
+def test_a_second_step_is_shifted_even_without_the_first(tmp_path):
+    source = make_run(tmp_path / "a", "blob", num_draws=3)
+    shifted_step(tmp_path / "b", str(source))
+    (family,) = report_on(tmp_path / "b", resamples=0).families
+    assert family.shifted and family.source == "bbc_headlines"
+    shutil.rmtree(source)
+    shifted_step(tmp_path / "b", "gone", adapter_dataset="bbc_headlines")
+    (family,) = report_on(tmp_path / "b", resamples=0).families
+    assert family.shifted and family.source == "bbc_headlines"
+
+
+def test_a_relative_adapter_is_found_from_the_run(tmp_path, monkeypatch):
+    source = make_run(tmp_path / "out", "blob", num_draws=3)
+    shifted_step(tmp_path / "out", str(source.relative_to(tmp_path)))
+    monkeypatch.chdir("/")
+    own, shifted = report_on(tmp_path, resamples=0).families
+    assert shifted.source == own.dataset and "ood_auroc_mi" in shifted.rows[0].cells
+
+
+def test_a_second_step_with_another_method_keeps_its_row(tmp_path):
+    source = make_run(tmp_path, "map")
+    shifted_step(tmp_path, str(source))
+    _, shifted = report_on(tmp_path, resamples=0).families
+    assert shifted.source == "bbc_headlines" and shifted.rows[0].name == "blob"
+    assert "ood_auroc_entropy" not in shifted.rows[0].cells, "map's examples are not its source"
+
+
+def test_every_second_step_is_a_row_or_left_out_with_the_reason(tmp_path):
+    source = str(make_run(tmp_path, "blob", num_draws=3, bayes_eval_n_samples_final=3))
+    for draws in (3, 5):
+        flags = {"bayes_eval_n_samples_final": draws, "name": f"step-{draws}"}
+        shifted_step(tmp_path, source, **flags)
+    shifted_step(tmp_path, source, bayes_eval_n_samples_final=3, name="again", temperature=2.0)
+    report = report_on(tmp_path, resamples=0)
+    (shifted,) = (family for family in report.families if family.shifted)
+    assert [row.name for row in shifted.rows] == [
+        "blob (bayes-eval-n-samples-final 3)",
+        "blob (bayes-eval-n-samples-final 5)",
+    ]
+    assert all("ood_auroc_mi" in row.cells for row in shifted.rows)
+    repeated, scaled = sorted(item.reason for item in report.skipped)
+    assert "which is newer" in repeated and "was fitted on bodies" in scaled
+
+
+def test_other_models_and_methods_of_the_same_name_stay_apart(tmp_path):
+    for number in (1, 2):
+        folder = make_run(tmp_path, "map", name=f"model{number}")
+        change_json(folder / "metrics.json", model=f"/x/run{number}/final")
+        folder = make_run(tmp_path, "mle", name=f"method{number}")
+        change_json(folder / "metrics.json", modelwrapper=f"p{number}/my.py:Mine")
+    report = report_on(tmp_path, resamples=0)
+    models = {family.model: [row.name for row in family.rows] for family in report.families}
+    mine = ["p1/my.py:Mine", "p2/my.py:Mine"]
+    assert models == {"m": mine, "run1/final": ["map"], "run2/final": ["map"]}
+
+
+def test_rows_are_named_by_what_differs(tmp_path):
+    make_run(tmp_path, "map", name="a", shuffle_train=True, laplace_rank=0)
+    make_run(tmp_path, "map", name="b", shuffle_train=False, laplace_rank=8)
+    make_run(tmp_path, "tfb", name="a", load_lora_path="x/default")
+    make_run(tmp_path, "tfb", name="b", load_lora_path="y/default", new_flag=3)
+    (family,) = report_on(tmp_path, resamples=0).families
+    assert [row.name for row in family.rows] == [
+        "map (laplace-rank 0, shuffle-train true)",
+        "map (laplace-rank 8, shuffle-train false)",
+        "tfb (load-lora-path x/default)",
+        "tfb (load-lora-path y/default)",
+    ]
+
+
+def test_a_flag_that_older_runs_do_not_know_splits_no_row(tmp_path):
+    make_run(tmp_path, "map", 1)
+    make_run(tmp_path, "map", 2, new_flag="default")
+    (family,) = report_on(tmp_path, resamples=0).families
+    assert [row.name for row in family.rows] == ["map"] and len(family.rows[0].results) == 2
+
+
+def test_shifted_examples_without_source_examples_have_no_plot_of_both(tmp_path):
+    (make_run(tmp_path, "blob", shifted=True) / "predictions.safetensors").write_bytes(b"")
+    make_run(tmp_path, "map")
+    assert script().run([str(tmp_path), "--bootstrap", "0"]) == 0
+    names = {file.name for file in (tmp_path / "report").iterdir()}
+    assert "m-bbc-headlines-bodies-scatter.png" in names
+    assert "m-bbc-headlines-bodies-entropy.png" not in names
+
+
+def test_entropies_of_other_class_counts_have_axes_of_their_own(tmp_path):
+    source = str(make_run(tmp_path, "blob", num_classes=5, sharpness=0.0, noise=0.0))
+    make_run(tmp_path, "blob", dataset="bodies", load_lora_path=source, sharpness=0.0, noise=0.0)
+    _, shifted = report_on(tmp_path, resamples=0).families
+    assert any("different numbers of classes" in note for note in shifted.notes)
+    ends = [step.get_data().edges[-1] for step in _entropy(shifted, shifted.rows).axes[0].patches]
+    assert ends == pytest.approx([np.log(5), np.log(3)])
+
+
 # --- what can be wrong with a folder --------------------------------------------------------------
 
 
@@ -307,6 +452,22 @@ def test_a_damaged_run_is_left_out_with_the_reason(tmp_path, damage, reason):
     (skipped,) = report.skipped
     assert skipped.path.name == "blob-seed1" and reason in skipped.reason
     assert f"skipped: {skipped.reason}" in markdown(report, MADE)
+
+
+def test_what_no_run_writes_is_no_traceback(tmp_path):
+    make_run(tmp_path, "map", 1)
+    for seed, changes in enumerate(({"seed": [1]}, {"updates": 10**400}, {"datasets": {"": 1}}), 2):
+        folder = make_run(tmp_path, "map", seed)
+        change_json(folder / "metrics.json", **changes)
+        (folder / "args.json").unlink()
+    folder = make_run(tmp_path, "blob")
+    (folder / "metrics.json").unlink()
+    for name in ("step-00000012.bak", "step-00000011"):
+        (folder / "state" / name).mkdir(parents=True)
+    report = report_on(tmp_path, resamples=0)
+    assert report.num_runs == 2
+    assert [item.reason for item in report.skipped if "interrupted after update 11" in item.reason]
+    assert [item.reason for item in report.skipped if "seed is [1]" in item.reason]
 
 
 def test_unknown_keys_and_wrong_types_do_no_harm(tmp_path):

@@ -183,11 +183,36 @@ def measure(
     return out
 
 
+class SourceHistogram(NamedTuple):
+    """What the plot of entropies shows of the source: `Curves.entropy`, and its classes."""
+
+    entropy: np.ndarray
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What shifted examples are held against: the scores of source examples, without the draws."""
+
+    fingerprint: int
+    num_examples: int
+    scores: dict[str, np.ndarray]
+    ranked_scores: dict[str, np.ndarray]
+    histogram: SourceHistogram
+
+    @classmethod
+    def of(cls, examples: Examples, fingerprint: int) -> Source:
+        """Of measured examples."""
+        histogram = SourceHistogram(entropy_histogram(examples), examples.probs.shape[1])
+        size = len(examples.labels)
+        return cls(fingerprint, size, examples.scores, examples.ranked_scores, histogram)
+
+
 def measure_shift(
-    source: Examples, shifted: Examples, weights: tuple[np.ndarray, np.ndarray] | None = None
+    source: Source, shifted: Examples, weights: tuple[np.ndarray, np.ndarray] | None = None
 ) -> dict[str, u.Number]:
     """Source against shifted examples; each set is resampled by weights of its own."""
-    positive = np.repeat([0.0, 1.0], [len(source.labels), len(shifted.labels)])
+    positive = np.repeat([0.0, 1.0], [source.num_examples, len(shifted.labels)])
     both = None if weights is None else np.concatenate(weights, axis=1)
     own, other = (e.scores if weights is None else e.ranked_scores for e in (source, shifted))
     out = {}
@@ -226,16 +251,19 @@ def curves(examples: Examples, num_bins: int) -> Curves:
     confidence, correct = examples.top
     bins = u.bin_of(confidence, num_bins)
     columns = (np.ones_like(correct), confidence, correct)
-    num_classes = examples.probs.shape[1]
-    counts, _ = np.histogram(
-        examples.values["entropy"] / np.log(max(num_classes, 2)), ENTROPY_BINS, (0, 1 + 1e-9)
-    )
     return Curves(
         bins=np.stack([np.bincount(bins, column, num_bins) for column in columns]),
         risk=1 - np.asarray(u.accuracy_at_coverage(confidence, correct, COVERAGE_GRID)),
-        entropy=counts / len(correct),
+        entropy=entropy_histogram(examples),
         draws=np.array(list(_by_draws(examples, num_bins))),
     )
+
+
+def entropy_histogram(examples: Examples) -> np.ndarray:
+    """Share of the examples in each of `ENTROPY_BINS` bins from 0 to log C."""
+    most = np.log(max(examples.probs.shape[1], 2))
+    counts, _ = np.histogram(examples.values["entropy"] / most, ENTROPY_BINS, (0, 1 + 1e-9))
+    return counts / len(examples.labels)
 
 
 def _by_draws(examples: Examples, num_bins: int) -> Iterator[tuple[float, float, float]]:

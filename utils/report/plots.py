@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.checkpoint import write_atomically
-from utils.report.collect import Family, Row, Training
+from utils.report.collect import Family, Result, Row, Training
 from utils.report.measure import COVERAGE_GRID, ENTROPY_BINS
 
 if TYPE_CHECKING:
@@ -54,11 +53,10 @@ class Plot:
     png: Path
 
 
-def draw_family(family: Family, source: Family | None, stem: str, folder: Path) -> list[Plot]:
+def draw_family(family: Family, stem: str, folder: Path) -> list[Plot]:
     """All plots of one table.
 
     Args:
-        source: the unshifted family of a shifted one, if it was evaluated.
         stem: of the files' names.
     """
     drawn: list[tuple[str, Callable, str]] = [
@@ -68,9 +66,9 @@ def draw_family(family: Family, source: Family | None, stem: str, folder: Path) 
     ]
     if any(len(r.results[0].curves.draws) > 1 for r in family.rows):
         drawn.append(("draws", _draws, DRAWS))
-    if family.shifted and source is not None:
-        drawn.append(("entropy", partial(_entropy, source=source), ENTROPY))
     rows = shown_rows(family)
+    if any(with_source(row) for row in rows):
+        drawn.append(("entropy", _entropy, ENTROPY))
     left_out = (
         f" Shown are the {MOST} rows with the lowest NLL of {len(family.rows)}."
         if len(rows) < len(family.rows)
@@ -295,15 +293,18 @@ ENTROPY = (
 )
 
 
-def _entropy(family: Family, rows: list[Row], source: Family) -> Figure:
-    by_name = {row.name: row for row in source.rows}
-    rows = [row for row in rows if row.name in by_name]
+def _entropy(family: Family, rows: list[Row]) -> Figure:
+    rows = [row for row in rows if with_source(row)]
     figure, axes = _axes(len(rows), sharex=True, sharey=True)
-    edges = np.linspace(0, math.log(family.num_classes), ENTROPY_BINS + 1)
     for (row, style, _), ax in zip(_styles(rows), axes, strict=True):
-        own = _mean_curve(by_name[row.name], lambda c: c.entropy)
-        shifted = _mean_curve(row, lambda c: c.entropy)
-        ax.stairs(own, edges, fill=True, color="0.8", label=_short(source.dataset))
+        results = with_source(row)
+        own = np.mean([result.source.entropy for result in results], axis=0)
+        shifted = np.mean([result.curves.entropy for result in results], axis=0)
+        source_edges, edges = (
+            np.linspace(0, math.log(max(num_classes, 2)), ENTROPY_BINS + 1)
+            for num_classes in (results[0].source.num_classes, family.num_classes)
+        )
+        ax.stairs(own, source_edges, fill=True, color="0.8", label=_short(family.source))
         ax.stairs(shifted, edges, color=style["color"], linewidth=1.4, label=_short(family.dataset))
         auroc = row.cells.get("ood_auroc_entropy")
         told = f"\nAUROC {auroc.value:.3f}" if auroc else ""
@@ -312,6 +313,11 @@ def _entropy(family: Family, rows: list[Row], source: Family) -> Figure:
     axes[0].set_ylabel("share of examples")
     _legend(axes[0])
     return figure
+
+
+def with_source(row: Row) -> list[Result]:
+    """Of a shifted set: the results whose source examples were evaluated too."""
+    return [result for result in row.results if result.source is not None]
 
 
 TRAINING = (

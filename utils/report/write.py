@@ -37,16 +37,12 @@ def write(report: Report, folder: Path, made: dict[str, str]) -> Path:
     Returns:
         the page's path.
     """
-    sources = {
-        (family.model, family.source): family for family in report.families if not family.shifted
-    }
     plots, training = {}, {}
     stems: set[str] = set()
     training_stems: set[str] = set()
     for position, family in enumerate(report.families):
         stem = _stem(stems, family.model, family.source if family.shifted else "", family.dataset)
-        source = sources.get((family.model, family.source))
-        plots[position] = draw_family(family, source, stem, folder)
+        plots[position] = draw_family(family, stem, folder)
     for position, curves in enumerate(report.training):
         plot = draw_training(curves, _stem(training_stems, curves.model, curves.source), folder)
         if plot is not None:
