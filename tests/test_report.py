@@ -22,7 +22,7 @@ from utils.checkpoint import write_json, write_tensors
 from utils.metrics import posterior_predictive, score
 from utils.report.collect import Options, collect
 from utils.report.measure import Examples
-from utils.report.plots import _entropy, wilson
+from utils.report.plots import MOST, _entropy, shown_rows, style, wilson
 from utils.report.runs import find_runs
 from utils.report.significance import interval, mean_over_seeds, paired_difference, resample
 from utils.report.tables import comma_separated, latex, markdown, terminal
@@ -128,6 +128,23 @@ def test_the_page_stands_alone_and_names_what_made_it(written):
     assert "broken" in text and "skipped:" in text and "150 examples" in text
     anchors = set(re.findall(r'id="([^"]*)"', text))
     assert {source[1:] for source in sources if source.startswith("#")} <= anchors
+
+
+def test_captions_say_of_what_they_are(written):
+    text = (written[0] / "report.html").read_text()
+    alts = re.findall(r'<img alt="([^"]*)"', text)
+    assert len(alts) == len(set(alts)) and "None updates" not in text
+    assert sum("(val), m: 150 examples" in alt for alt in alts) >= 4
+
+
+def test_the_baseline_is_always_drawn_and_rows_look_different(tmp_path):
+    for number in range(MOST + 2):
+        make_run(tmp_path, "blob", name=f"b{number}", n=40, lr=number)
+    make_run(tmp_path, "map", n=40, sharpness=-9.0)
+    (family,) = report_on(tmp_path, resamples=0).families
+    rows = shown_rows(family)
+    assert rows[0].name == family.baseline == "map" and len(rows) == MOST
+    assert len({repr(style(place)) for place in range(64)}) == 64
 
 
 @pytest.mark.slow
@@ -396,7 +413,8 @@ def test_entropies_of_other_class_counts_have_axes_of_their_own(tmp_path):
     make_run(tmp_path, "blob", dataset="bodies", load_lora_path=source, sharpness=0.0, noise=0.0)
     _, shifted = report_on(tmp_path, resamples=0).families
     assert any("different numbers of classes" in note for note in shifted.notes)
-    ends = [step.get_data().edges[-1] for step in _entropy(shifted, shifted.rows).axes[0].patches]
+    figure = _entropy(shifted, [(shifted.rows[0], *style(0))])
+    ends = [patch.get_data().edges[-1] for patch in figure.axes[0].patches]
     assert ends == pytest.approx([np.log(5), np.log(3)])
 
 
@@ -705,6 +723,16 @@ def test_the_latex_tables_are_well_formed(tmp_path):
         rows = [row for row in body.split(r"\\") if " & " in row]
         assert all(len(re.findall(r"(?<!\\)&", row)) == len(columns) - 1 for row in rows)
     assert r"d\_1\&2" in text
+
+
+def test_the_latex_tables_escape_signs_and_names(tmp_path):
+    make_run(tmp_path, "map", sharpness=30.0)
+    make_run(tmp_path, "blob", name="a", note="<a|b>", sharpness=0.0)
+    make_run(tmp_path, "blob", name="b", note="c", sharpness=1.0)
+    text = latex(report_on(tmp_path), MADE)
+    assert r"\textless{}a\textbar{}b\textgreater{}" in text
+    body = "".join(re.findall(r"\\midrule(.*?)\\bottomrule", text, re.S))
+    assert re.search(r"\$-\$[1-9]", body) and not re.search(r"(?<!\$)[+-]\d", body)
 
 
 def test_a_report_without_resamples_has_no_brackets(tmp_path):

@@ -38,10 +38,9 @@ h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
 a { color: var(--link); } code { font: .85em ui-monospace, Menlo, Consolas, monospace;
   overflow-wrap: anywhere; }
-.meta, figcaption, caption, .note { color: var(--soft); font-size: .86rem; }
+.meta, figcaption, .note { color: var(--soft); font-size: .86rem; }
 .wide { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-caption { caption-side: bottom; text-align: left; padding: .4rem 0; max-width: 62rem; }
 th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
@@ -59,7 +58,8 @@ figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; backgro
   border: 1px solid var(--line); border-radius: 4px; padding: 4px; }
 figcaption { max-width: 62rem; }
 .verdict { background: var(--shade); padding: .6rem 1rem .6rem 2rem; border-radius: 4px; }
-.text td { overflow-wrap: anywhere; } .text { width: 100%; } pre { white-space: pre-wrap; }
+.text td { overflow-wrap: anywhere; } .text { width: 100%; }
+@page { size: landscape; }
 @media print {
   body { max-width: none; font-size: 10pt; } nav, thead button::after { display: none; }
   figure, tr { break-inside: avoid; } .wide { overflow: visible; }
@@ -236,7 +236,7 @@ def _differences(position: int, family: Family, text: str) -> str:
 
 def _sortable(head: list[tuple[str, str]], lines: list[str], text: str) -> str:
     return (
-        f'<div class="wide"><table class="sortable">'
+        f'<div class="wide"><table class="sortable" aria-label="{escape(text.partition(".")[0])}">'
         f"{_head(head)}<tbody>{''.join(lines)}</tbody></table></div>"
         f'<p class="note">{escape(text)}</p>'
     )
@@ -308,10 +308,10 @@ def _provenance(report: Report) -> str:
                 scaled = (
                     f"<br>logits divided by {result.temperature:.3f}" if result.temperature else ""
                 )
+                updates = result.run.updates
+                told = f"{updates} updates" if updates is not None else ""
                 shown = "<br>".join(
-                    escape(text)
-                    for text in (made["started"], made["host"], f"{result.run.updates} updates")
-                    if text
+                    escape(text) for text in (made["started"], made["host"], told) if text
                 )
                 rows.append(
                     f"<tr{anchor}><td>{escape(family.dataset)}: {escape(row.name)}, seed "

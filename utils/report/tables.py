@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 
 from utils.report.collect import Cell, Family, Report, Row
 from utils.report.measure import METRICS, TABLES, Metric
@@ -25,6 +26,9 @@ LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     "\N{NO-BREAK SPACE}": "~",
     "^": r"\textasciicircum{}",
     "†": r"$^\dagger$",
@@ -275,7 +279,7 @@ def _tex_cell(cell: Cell | None) -> str:
 
 
 def _tex_math(text: str) -> str:
-    return text.replace("–", "--").replace("-0", "$-$0").replace("+0", "$+$0")
+    return re.sub(r"([+-])(?=\d)", r"$\1$", text.replace("–", "--"))
 
 
 def _one_line(text: str) -> str:
