@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -116,7 +117,7 @@ def test_one_command_leaves_tables_plots_and_a_page(written):
     for plot in ("reliability", "risk-coverage", "scatter", "draws", "training"):
         assert {f"m-bbc-headlines-{plot}.png", f"m-bbc-headlines-{plot}.pdf"} <= names
     assert {"m-bbc-headlines-bodies-entropy.png", "m-bbc-headlines-bodies-entropy.pdf"} <= names
-    assert str(folder / "report.html")[-20:] in output and "map + temperature" in output
+    assert os.path.relpath(folder / "report.html") in output and "map + temperature" in output
 
 
 def test_the_page_stands_alone_and_names_what_made_it(written):
@@ -204,10 +205,17 @@ def test_temperature_scaling_is_a_row_of_its_own(tmp_path):
     from utils.report.runs import read_predictions
 
     predictions = read_predictions(run.evaluations[0])
-    log_probs = posterior_predictive(scale(torch.from_numpy(predictions.draws), 2.0))
+    log_probs = posterior_predictive(scale(torch.from_numpy(predictions.draws).double(), 2.0))
     expected = score(log_probs, torch.from_numpy(predictions.labels))
     assert scaled.cells["nll"].value == pytest.approx(expected.nll)
     assert scaled.cells["acc"].mark == raw.cells["acc"].mark == "tied", "the same predictions"
+
+
+def test_draws_in_blocks_give_the_same_numbers(tmp_path, monkeypatch):
+    make_run(tmp_path, "blob", num_draws=4, temperature=2.0)
+    whole = comma_separated(report_on(tmp_path))
+    monkeypatch.setattr("utils.report.runs.BLOCK", 4 * 3 * 7)  # rows 7 by 7
+    assert comma_separated(report_on(tmp_path)) == whole
 
 
 def test_runs_of_other_settings_never_share_a_row(tmp_path):
@@ -454,7 +462,7 @@ def with_nan(log_probs):
         (lambda f: (f / "args.json").write_bytes(b"\xff\x00"), "cannot be read as JSON"),
         (lambda f: (f / "predictions.safetensors").unlink(), "there is no predictions"),
         (cut, "cannot be read as safetensors"),
-        (change(log_probs=with_nan), "not numbers"),
+        (change(log_probs=with_nan), "not finite"),
         (change(log_probs=lambda t: t[:, 0]), "has shapes"),
         (change(log_probs=lambda t: t + 1), "do not add up"),
         (change(labels=lambda t: t + 7), "outside of its 3 classes"),
@@ -505,8 +513,21 @@ def test_stored_metrics_that_disagree_are_said(tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["datasets"]["bbc_headlines"]["nll"] += 0.1
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (note,) = report_on(tmp_path).notes
+    (note,) = report_on(tmp_path, resamples=0).notes
     assert "NLL" in note
+    metrics["datasets"]["bbc_headlines"]["temperature_scaled"] = {"temperature": 2.0, "acc": 9.0}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    _, scaled = report_on(tmp_path, resamples=0).notes
+    assert "ACC" in scaled and "metrics.json says 9.0" in scaled
+
+
+def test_linked_runs_are_found_and_loops_end(tmp_path):
+    folder = make_run(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "deep").mkdir(parents=True)
+    (tmp_path / "runs" / "deep" / "run").symlink_to(folder)
+    (tmp_path / "runs" / "deep" / "loop").symlink_to(tmp_path / "runs")
+    runs, _ = find_runs([tmp_path / "runs"])
+    assert [run.folder for run in runs] == [tmp_path / "runs" / "deep" / "run"]
 
 
 def test_no_finished_run_is_exit_code_2(tmp_path, capsys):
@@ -535,6 +556,7 @@ def test_a_real_run_is_reported_as_it_measured_itself(classifier_flags, tmp_path
         for key in ("acc", "ece", "nll", "brier"):
             assert row.cells[key].value == pytest.approx(expected[key], abs=1e-5)
     assert not report.skipped and not report.notes
+    assert len(report.families) == 1, "what the temperature was fitted on is no evaluation"
 
 
 # --- significance ---------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def test_smooth_ece_equals_relplot_and_so_does_its_resampled_form(data):
     confidence, correct = u.top_label(log_probs, labels)
     expected, sigma = relplot.smECE(confidence, correct, return_width=True)
     assert u.smooth_calibration_error(confidence, correct) == pytest.approx((expected, sigma))
+    assert u.smooth_error_at(confidence, correct, sigma) == pytest.approx(expected, rel=0.02)
     index, weights = resample(len(labels))
     again = relplot.metrics.smECE_sigma(confidence[index], correct[index], sigma)
     value = u.smooth_error_at(confidence, correct, sigma, weights)

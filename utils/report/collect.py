@@ -256,8 +256,7 @@ def _measure_posterior(
                 source = Source.of(examples, predictions.fingerprint)
                 sources.setdefault((run.folder, scaled), source)
                 sources.setdefault((None, scaled), source)
-            if not scaled:
-                report.notes += _disagreements(result, options)
+            report.notes += _disagreements(result, options)
     return results
 
 
@@ -309,8 +308,9 @@ def _measure(
 
 def _disagreements(result: Result, options: Options) -> list[str]:
     """Where metrics.json says something else than the predictions that it stands beside."""
-    stored = result.evaluation.stored
-    keys = ["acc", "nll", "brier"] + ["ece"] * (stored.get("num_bins") == options.num_bins)
+    block = result.evaluation.stored
+    keys = ["acc", "nll", "brier"] + ["ece"] * (block.get("num_bins") == options.num_bins)
+    stored = block if result.temperature is None else block["temperature_scaled"]
     return [
         f"{result.evaluation.file}: its predictions give {METRICS[key].title} "
         f"{result.values[key]:.4f}, metrics.json says {stored[key]}"

@@ -297,7 +297,10 @@ def _draws(family: Family, rows: list[Styled]) -> Figure:
                 **style,
             )
         ax.set(xlabel="draws", ylabel=title)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        if ax.get_xlim()[1] > 40:  # else the few draws of other rows lie on one another
+            ax.set_xscale("log")
+        else:
+            ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes[1])
     return figure
 

@@ -34,6 +34,7 @@ NOT_SETTINGS = frozenset(
         *WITHOUT_EFFECT,
     }
 )
+BLOCK = 2_000_000  # numbers of draws at once: 16 MB in double precision
 NOT_RUNS = ("state", "wandb", "tensorboard")  # folders that hold no run
 SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?(\d+)")
 
@@ -127,7 +128,7 @@ class Predictions:
     """Draws in the order of their index.
 
     Attributes:
-        draws: log-probabilities, (n, N, C), float64.
+        draws: log-probabilities, (n, N, C), as they are stored.
         labels: (n,)
         index: (n,) rows in their split.
         split: of the data set.
@@ -167,7 +168,12 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
-    for folder, children, files in os.walk(root):
+    walked: set[str] = set()
+    for folder, children, files in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in walked:  # a link to a folder above itself has no end
+            children.clear()
+            continue
+        walked.add(os.path.realpath(folder))
         children[:] = sorted(c for c in children if c not in NOT_RUNS and not c.startswith("."))
         if "metrics.json" in files or "args.json" in files:
             yield Path(folder)
@@ -345,23 +351,30 @@ def read_predictions(evaluation: Evaluation) -> Predictions:
         raise Unusable(f"{file.name} has shapes {shapes}, not (n, N, C), (n,), (n,)")
     if draws.dtype.kind != "f" or labels.dtype.kind not in "iu" or index.dtype.kind not in "iu":
         raise Unusable(f"{file.name} holds {draws.dtype}, {labels.dtype}, {index.dtype}")
-    if not np.isfinite(draws).all():
-        broken = int((~np.isfinite(draws)).any((1, 2)).sum())
-        raise Unusable(f"{file.name} has predictions of {broken} row(s) that are not numbers")
+    broken = sum(int((~np.isfinite(block)).any((1, 2)).sum()) for block in row_blocks(draws))
+    if broken:
+        raise Unusable(f"{file.name} has predictions of {broken} row(s) that are not finite")
     if labels.min() < 0 or labels.max() >= draws.shape[2]:
         raise Unusable(f"{file.name} has labels outside of its {draws.shape[2]} classes")
     if len(np.unique(index)) != len(index):
         raise Unusable(f"{file.name} holds a row of the data set twice")
-    order = np.argsort(index)
-    draws = draws[order].astype(float)
-    labels, index = labels[order].astype(np.int64), index[order].astype(np.int64)
-    mass = np.logaddexp.reduce(draws, axis=-1)
-    if np.abs(mass).max() > 1e-3:
+    if (np.diff(index) < 0).any():
+        order = np.argsort(index)
+        draws, labels, index = draws[order], labels[order], index[order]
+    labels, index = labels.astype(np.int64), index.astype(np.int64)
+    mass = (np.logaddexp.reduce(block.astype(float), axis=-1) for block in row_blocks(draws))
+    if any(np.abs(block).max() > 1e-3 for block in mass):
         raise Unusable(f"{file.name} holds probabilities that do not add up to 1")
     split = str(metadata.get("split") or evaluation.stored.get("split") or "?")
     examples = np.concatenate([[draws.shape[2]], index, labels]).tobytes()
     fingerprint = zlib.crc32(f"{evaluation.dataset} {split} ".encode() + examples)
     return Predictions(draws, labels, index, split, fingerprint)
+
+
+def row_blocks(draws: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of (n, N, C) draws in blocks of bounded size."""
+    rows = max(1, BLOCK // draws[0].size)
+    return (draws[start : start + rows] for start in range(0, len(draws), rows))
 
 
 def read_history(run: Run) -> dict[str, list[tuple[int, float]]]:

@@ -15,7 +15,7 @@ DIFFERENCES = ("acc", "ece", "ece_smooth", "nll", "brier", "aurc")
 UNDEFINED = "–"
 ARROWS = {"low": "↓", "high": "↑", "": ""}
 
-BRACKETS = "In brackets: 95 % bootstrap interval. "
+BRACKETS = "In brackets: 95 % interval over examples and seeds. "
 RULE = (
     "Bold: better than every other row, the paired 95 % interval of each difference excludes 0; "
     "for calibration errors with and without what a calibrated model would have too. "
@@ -143,7 +143,7 @@ def terminal(report: Report) -> str:
         blocks.append(f"{family.title}: {family.num_examples} examples\n{_aligned(lines)}")
     if report.options.resamples:
         blocks.append(
-            "[95 % bootstrap interval]  *: better than every other row, significantly  "
+            "[95 % interval]  *: better than every other row, significantly  "
             "†: best, or not told apart from it"
         )
     return "\n\n".join(blocks)
