@@ -25,12 +25,12 @@ from utils.report.write import check_writable, write
 
 
 def parse_args(argv: list[str]) -> Args:
-    """The flags; `--out` by default lies in the folder above all runs."""
+    """The flags; `--out` by default lies in the folder given, or what several have in common."""
     parser = Parser(prog="report.py", description=__doc__)
     parser.add_argument(
         "folders", nargs="*", type=Path, default=[Path("checkpoints")], metavar="RUN_OR_FOLDER"
     )
-    parser.add_argument("--out", type=Path, help="default: report/ in the folder above all runs")
+    parser.add_argument("--out", type=Path, help="default: report/ in their common folder")
     parser.add_argument("--num-bins", type=positive_int, default=15, help="bins of the ECE")
     parser.add_argument("--bootstrap", type=count, default=1000, help="resamples; 0: no intervals")
     parser.add_argument("--seed", type=seed, default=0, help="of the resamples")

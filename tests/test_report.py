@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,15 +15,17 @@ import pytest
 import torch
 from conftest import ROOT, run_folder
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 
 import main
 from utils import uncertainty as u
 from utils.checkpoint import write_json, write_tensors
 from utils.metrics import posterior_predictive, score
 from utils.report.collect import Options, collect
-from utils.report.plots import wilson
+from utils.report.measure import Examples
+from utils.report.plots import MOST, _entropy, shown_rows, style, wilson
 from utils.report.runs import find_runs
-from utils.report.significance import interval, paired_difference, resample, seed_weights
+from utils.report.significance import interval, mean_over_seeds, paired_difference, resample
 from utils.report.tables import comma_separated, latex, markdown, terminal
 from utils.temperature import scale
 
@@ -114,7 +117,7 @@ def test_one_command_leaves_tables_plots_and_a_page(written):
     for plot in ("reliability", "risk-coverage", "scatter", "draws", "training"):
         assert {f"m-bbc-headlines-{plot}.png", f"m-bbc-headlines-{plot}.pdf"} <= names
     assert {"m-bbc-headlines-bodies-entropy.png", "m-bbc-headlines-bodies-entropy.pdf"} <= names
-    assert str(folder / "report.html")[-20:] in output and "map + temperature" in output
+    assert os.path.relpath(folder / "report.html") in output and "map + temperature" in output
 
 
 def test_the_page_stands_alone_and_names_what_made_it(written):
@@ -126,6 +129,23 @@ def test_the_page_stands_alone_and_names_what_made_it(written):
     assert "broken" in text and "skipped:" in text and "150 examples" in text
     anchors = set(re.findall(r'id="([^"]*)"', text))
     assert {source[1:] for source in sources if source.startswith("#")} <= anchors
+
+
+def test_captions_say_of_what_they_are(written):
+    text = (written[0] / "report.html").read_text()
+    alts = re.findall(r'<img alt="([^"]*)"', text)
+    assert len(alts) == len(set(alts)) and "None updates" not in text
+    assert sum("(val), m: 150 examples" in alt for alt in alts) >= 4
+
+
+def test_the_baseline_is_always_drawn_and_rows_look_different(tmp_path):
+    for number in range(MOST + 2):
+        make_run(tmp_path, "blob", name=f"b{number}", n=40, lr=number)
+    make_run(tmp_path, "map", n=40, sharpness=-9.0)
+    (family,) = report_on(tmp_path, resamples=0).families
+    rows = shown_rows(family)
+    assert rows[0].name == family.baseline == "map" and len(rows) == MOST
+    assert len({repr(style(place)) for place in range(64)}) == 64
 
 
 @pytest.mark.slow
@@ -185,10 +205,17 @@ def test_temperature_scaling_is_a_row_of_its_own(tmp_path):
     from utils.report.runs import read_predictions
 
     predictions = read_predictions(run.evaluations[0])
-    log_probs = posterior_predictive(scale(torch.from_numpy(predictions.draws), 2.0))
+    log_probs = posterior_predictive(scale(torch.from_numpy(predictions.draws).double(), 2.0))
     expected = score(log_probs, torch.from_numpy(predictions.labels))
     assert scaled.cells["nll"].value == pytest.approx(expected.nll)
     assert scaled.cells["acc"].mark == raw.cells["acc"].mark == "tied", "the same predictions"
+
+
+def test_draws_in_blocks_give_the_same_numbers(tmp_path, monkeypatch):
+    make_run(tmp_path, "blob", num_draws=4, temperature=2.0)
+    whole = comma_separated(report_on(tmp_path))
+    monkeypatch.setattr("utils.report.runs.BLOCK", 4 * 3 * 7)  # rows 7 by 7
+    assert comma_separated(report_on(tmp_path)) == whole
 
 
 def test_runs_of_other_settings_never_share_a_row(tmp_path):
@@ -243,7 +270,6 @@ def test_shifted_examples_are_held_against_source_examples(tmp_path):
     make_run(tmp_path, shifted=True)
     _, shifted = report_on(tmp_path).families
     (run,), _ = find_runs([tmp_path])
-    from utils.report.measure import Examples
     from utils.report.runs import read_predictions
 
     scores = [Examples.of(read_predictions(e)).scores["entropy"] for e in run.evaluations]
@@ -252,6 +278,152 @@ def test_shifted_examples_are_held_against_source_examples(tmp_path):
     cell = shifted.rows[0].cells["ood_auroc_entropy"]
     assert cell.value == pytest.approx(auroc) and cell.low < auroc < cell.high
     assert auroc > 0.6, "the shifted predictions were made flatter"
+
+
+def change_json(file, **changes):
+    write_json(file, json.loads(file.read_text()) | changes)
+
+
+def test_runs_on_other_examples_are_no_repetitions(tmp_path):
+    make_run(tmp_path, name="small", n=60)
+    make_run(tmp_path, name="large", n=90)
+    make_run(tmp_path, name="shifted", n=90, shifted=True)
+    report = report_on(tmp_path, resamples=0)
+    found = {(family.dataset, family.num_examples) for family in report.families}
+    assert found == {("bbc_headlines", 60), ("bbc_headlines", 90), ("bodies", 90)}
+    (skipped,) = report.skipped  # of one seed and the same 90 headlines, one is enough
+    assert "the same method, settings, seed and examples" in skipped.reason
+
+
+def test_a_damaged_newer_run_does_not_replace_an_older_one(tmp_path):
+    old, new = (make_run(tmp_path, name=name) for name in ("1-old", "2-new"))
+    cut(new)
+    report = report_on(tmp_path, resamples=0)
+    assert [result.run.folder for result in report.families[0].rows[0].results] == [old]
+    (skipped,) = report.skipped
+    assert skipped.path == new and "cannot be read" in skipped.reason
+
+
+@pytest.mark.parametrize("adapters_are_there", [True, False])
+def test_one_seed_on_several_adapters_is_as_many_repetitions(tmp_path, adapters_are_there):
+    for seed in (1, 2, 3):
+        source = make_run(tmp_path, "map", seed)
+        path = str(source) if adapters_are_there else f"gone/map-seed{seed}"
+        make_run(tmp_path, "tfb", 1, name=f"tfb-on-{seed}", load_lora_path=path)
+    (family,) = report_on(tmp_path, resamples=20).families
+    tfb = family.rows[1]
+    assert tfb.seeds == ["1", "1 (adapter 2)", "1 (adapter 3)"] and not family.notes
+    assert tfb.cells["nll"].difference.num_common == 3, "paired with the adapters' own runs"
+
+
+def test_repetitions_on_one_adapter_are_paired_among_themselves(tmp_path):
+    source = make_run(tmp_path, "map", 1)
+    for method in ("tfb", "laplace"):
+        for seed in (1, 2):
+            make_run(tmp_path, method, seed, load_lora_path=str(source))
+    (family,) = report_on(tmp_path, resamples=20).families
+    assert [len(row.results) for row in family.rows] == [1, 2, 2]
+    assert {row.cells["nll"].difference.num_common for row in family.rows[1:]} == {0}
+
+
+def shifted_step(root, source, **flags):
+    return make_run(root, "blob", 1, num_draws=3, dataset="bodies", load_lora_path=source, **flags)
+
+
+def test_a_second_step_is_shifted_even_without_the_first(tmp_path):
+    source = make_run(tmp_path / "a", "blob", num_draws=3)
+    shifted_step(tmp_path / "b", str(source))
+    (family,) = report_on(tmp_path / "b", resamples=0).families
+    assert family.shifted and family.source == "bbc_headlines"
+    shutil.rmtree(source)
+    shifted_step(tmp_path / "b", "gone", adapter_dataset="bbc_headlines")
+    (family,) = report_on(tmp_path / "b", resamples=0).families
+    assert family.shifted and family.source == "bbc_headlines"
+
+
+def test_a_relative_adapter_is_found_from_the_run(tmp_path, monkeypatch):
+    source = make_run(tmp_path / "out", "blob", num_draws=3)
+    shifted_step(tmp_path / "out", str(source.relative_to(tmp_path)))
+    monkeypatch.chdir("/")
+    own, shifted = report_on(tmp_path, resamples=0).families
+    assert shifted.source == own.dataset and "ood_auroc_mi" in shifted.rows[0].cells
+
+
+def test_a_second_step_with_another_method_keeps_its_row(tmp_path):
+    source = make_run(tmp_path, "map")
+    shifted_step(tmp_path, str(source))
+    _, shifted = report_on(tmp_path, resamples=0).families
+    assert shifted.source == "bbc_headlines" and shifted.rows[0].name == "blob"
+    assert "ood_auroc_entropy" not in shifted.rows[0].cells, "map's examples are not its source"
+
+
+def test_every_second_step_is_a_row_or_left_out_with_the_reason(tmp_path):
+    source = str(make_run(tmp_path, "blob", num_draws=3, bayes_eval_n_samples_final=3))
+    for draws in (3, 5):
+        flags = {"bayes_eval_n_samples_final": draws, "name": f"step-{draws}"}
+        shifted_step(tmp_path, source, **flags)
+    shifted_step(tmp_path, source, bayes_eval_n_samples_final=3, name="again", temperature=2.0)
+    report = report_on(tmp_path, resamples=0)
+    (shifted,) = (family for family in report.families if family.shifted)
+    assert [row.name for row in shifted.rows] == [
+        "blob (bayes-eval-n-samples-final 3)",
+        "blob (bayes-eval-n-samples-final 5)",
+    ]
+    assert all("ood_auroc_mi" in row.cells for row in shifted.rows)
+    repeated, scaled = sorted(item.reason for item in report.skipped)
+    assert "which is newer" in repeated and "was fitted on bodies" in scaled
+
+
+def test_other_models_and_methods_of_the_same_name_stay_apart(tmp_path):
+    for number in (1, 2):
+        folder = make_run(tmp_path, "map", name=f"model{number}")
+        change_json(folder / "metrics.json", model=f"/x/run{number}/final")
+        folder = make_run(tmp_path, "mle", name=f"method{number}")
+        change_json(folder / "metrics.json", modelwrapper=f"p{number}/my.py:Mine")
+    report = report_on(tmp_path, resamples=0)
+    models = {family.model: [row.name for row in family.rows] for family in report.families}
+    mine = ["p1/my.py:Mine", "p2/my.py:Mine"]
+    assert models == {"m": mine, "run1/final": ["map"], "run2/final": ["map"]}
+
+
+def test_rows_are_named_by_what_differs(tmp_path):
+    make_run(tmp_path, "map", name="a", shuffle_train=True, laplace_rank=0)
+    make_run(tmp_path, "map", name="b", shuffle_train=False, laplace_rank=8)
+    make_run(tmp_path, "tfb", name="a", load_lora_path="x/default")
+    make_run(tmp_path, "tfb", name="b", load_lora_path="y/default", new_flag=3)
+    (family,) = report_on(tmp_path, resamples=0).families
+    assert [row.name for row in family.rows] == [
+        "map (laplace-rank 0, shuffle-train true)",
+        "map (laplace-rank 8, shuffle-train false)",
+        "tfb (load-lora-path x/default)",
+        "tfb (load-lora-path y/default)",
+    ]
+
+
+def test_a_flag_that_older_runs_do_not_know_splits_no_row(tmp_path):
+    make_run(tmp_path, "map", 1)
+    make_run(tmp_path, "map", 2, new_flag="default")
+    (family,) = report_on(tmp_path, resamples=0).families
+    assert [row.name for row in family.rows] == ["map"] and len(family.rows[0].results) == 2
+
+
+def test_shifted_examples_without_source_examples_have_no_plot_of_both(tmp_path):
+    (make_run(tmp_path, "blob", shifted=True) / "predictions.safetensors").write_bytes(b"")
+    make_run(tmp_path, "map")
+    assert script().run([str(tmp_path), "--bootstrap", "0"]) == 0
+    names = {file.name for file in (tmp_path / "report").iterdir()}
+    assert "m-bbc-headlines-bodies-scatter.png" in names
+    assert "m-bbc-headlines-bodies-entropy.png" not in names
+
+
+def test_entropies_of_other_class_counts_have_axes_of_their_own(tmp_path):
+    source = str(make_run(tmp_path, "blob", num_classes=5, sharpness=0.0, noise=0.0))
+    make_run(tmp_path, "blob", dataset="bodies", load_lora_path=source, sharpness=0.0, noise=0.0)
+    _, shifted = report_on(tmp_path, resamples=0).families
+    assert any("different numbers of classes" in note for note in shifted.notes)
+    figure = _entropy(shifted, [(shifted.rows[0], *style(0))])
+    ends = [patch.get_data().edges[-1] for patch in figure.axes[0].patches]
+    assert ends == pytest.approx([np.log(5), np.log(3)])
 
 
 # --- what can be wrong with a folder --------------------------------------------------------------
@@ -290,7 +462,7 @@ def with_nan(log_probs):
         (lambda f: (f / "args.json").write_bytes(b"\xff\x00"), "cannot be read as JSON"),
         (lambda f: (f / "predictions.safetensors").unlink(), "there is no predictions"),
         (cut, "cannot be read as safetensors"),
-        (change(log_probs=with_nan), "not numbers"),
+        (change(log_probs=with_nan), "not finite"),
         (change(log_probs=lambda t: t[:, 0]), "has shapes"),
         (change(log_probs=lambda t: t + 1), "do not add up"),
         (change(labels=lambda t: t + 7), "outside of its 3 classes"),
@@ -306,6 +478,22 @@ def test_a_damaged_run_is_left_out_with_the_reason(tmp_path, damage, reason):
     (skipped,) = report.skipped
     assert skipped.path.name == "blob-seed1" and reason in skipped.reason
     assert f"skipped: {skipped.reason}" in markdown(report, MADE)
+
+
+def test_what_no_run_writes_is_no_traceback(tmp_path):
+    make_run(tmp_path, "map", 1)
+    for seed, changes in enumerate(({"seed": [1]}, {"updates": 10**400}, {"datasets": {"": 1}}), 2):
+        folder = make_run(tmp_path, "map", seed)
+        change_json(folder / "metrics.json", **changes)
+        (folder / "args.json").unlink()
+    folder = make_run(tmp_path, "blob")
+    (folder / "metrics.json").unlink()
+    for name in ("step-00000012.bak", "step-00000011"):
+        (folder / "state" / name).mkdir(parents=True)
+    report = report_on(tmp_path, resamples=0)
+    assert report.num_runs == 2
+    assert [item.reason for item in report.skipped if "interrupted after update 11" in item.reason]
+    assert [item.reason for item in report.skipped if "seed is [1]" in item.reason]
 
 
 def test_unknown_keys_and_wrong_types_do_no_harm(tmp_path):
@@ -325,8 +513,21 @@ def test_stored_metrics_that_disagree_are_said(tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["datasets"]["bbc_headlines"]["nll"] += 0.1
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (note,) = report_on(tmp_path).notes
+    (note,) = report_on(tmp_path, resamples=0).notes
     assert "NLL" in note
+    metrics["datasets"]["bbc_headlines"]["temperature_scaled"] = {"temperature": 2.0, "acc": 9.0}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    _, scaled = report_on(tmp_path, resamples=0).notes
+    assert "ACC" in scaled and "metrics.json says 9.0" in scaled
+
+
+def test_linked_runs_are_found_and_loops_end(tmp_path):
+    folder = make_run(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "deep").mkdir(parents=True)
+    (tmp_path / "runs" / "deep" / "run").symlink_to(folder)
+    (tmp_path / "runs" / "deep" / "loop").symlink_to(tmp_path / "runs")
+    runs, _ = find_runs([tmp_path / "runs"])
+    assert [run.folder for run in runs] == [tmp_path / "runs" / "deep" / "run"]
 
 
 def test_no_finished_run_is_exit_code_2(tmp_path, capsys):
@@ -355,6 +556,7 @@ def test_a_real_run_is_reported_as_it_measured_itself(classifier_flags, tmp_path
         for key in ("acc", "ece", "nll", "brier"):
             assert row.cells[key].value == pytest.approx(expected[key], abs=1e-5)
     assert not report.skipped and not report.notes
+    assert len(report.families) == 1, "what the temperature was fitted on is no evaluation"
 
 
 # --- significance ---------------------------------------------------------------------------------
@@ -374,11 +576,77 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_approximation():
     assert high == pytest.approx(0.75 + half, abs=0.003)
 
 
-def test_resampling_seeds_has_the_spread_of_a_mean():
-    weights = seed_weights((1, 2, 3), 20000, 0)
-    np.testing.assert_allclose(weights.sum(1), 1)
-    values = np.array([1.0, 2.0, 6.0])
-    assert (weights @ values).std() == pytest.approx(values.std() / 3**0.5, rel=0.02)
+def test_seeds_alone_give_the_t_interval_of_their_mean():
+    values = {1: 1.0, 2: 2.0, 3: 6.0}
+    value, low, high = mean_over_seeds(values, dict.fromkeys(values, np.zeros(9)))
+    expected = student.interval(0.95, 2, loc=3.0, scale=np.std([1, 2, 6], ddof=1) / 3**0.5)
+    assert value == 3.0 and (low, high) == pytest.approx((max(0, expected[0]), expected[1]))
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("of_examples", [0.1, 1.0])
+def test_seed_noise_alone_is_rarely_significant(num_seeds, of_examples):
+    rng = np.random.default_rng(num_seeds)
+    seeds, found = range(num_seeds), 0
+    for _ in range(600):
+        shared = rng.normal(0, of_examples)  # noise of the test examples, the same for all seeds
+        values = [dict(zip(seeds, rng.normal(size=num_seeds), strict=True)) for _ in range(2)]
+        values[0] = {seed: value + shared for seed, value in values[0].items()}
+        resampled = rng.normal(0, of_examples, 100)
+        replicates = dict.fromkeys(seeds, resampled), dict.fromkeys(seeds, np.zeros(100))
+        no_floors = (dict.fromkeys(seeds, 0.0),) * 2
+        found += paired_difference(tuple(values), replicates, no_floors).significant
+    assert found / 600 < 0.07
+
+
+CALIBRATION_ERRORS = {
+    "ece": lambda e, w: u.calibration_errors(*e.top, 15, w)[0],
+    "ece_adaptive": lambda e, w: u.adaptive_calibration_error(*e.top, 15, w),
+    "ece_smooth": lambda e, w: (
+        e.smooth[0] if w is None else u.smooth_error_at(*e.top, e.smooth[1], w)
+    ),
+    "ece_classwise": lambda e, w: u.classwise_calibration_error(e.probs, e.labels, 15, w),
+    "brier_calibration": lambda e, w: u.brier_calibration(e.probs, e.labels, 15, w),
+}
+
+
+def compared(seed, temperatures, n=200, keys=("ece",)):
+    """Differences of two rows, unsure and sure, whose labels are as they say at temperature 1."""
+    rng = np.random.default_rng(seed)
+    ((weights,),) = resample({7: n}, 100, seed)
+    sides = []
+    for mean, temperature in zip((1.0, 4.0), temperatures, strict=True):
+        logits = rng.normal(mean, 0.4, n) * rng.choice([-1, 1], n)
+        labels = (rng.random(n) < 1 / (1 + np.exp(-logits))).astype(int)
+        scaled = np.stack([np.zeros(n), logits / temperature], 1)
+        log_probs = scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+        e = Examples(log_probs[:, None], labels, log_probs)
+        floors = u.noise_floors(e.probs, 15, seed)
+        errors = {key: CALIBRATION_ERRORS[key] for key in keys}
+        sides.append(
+            {k: (error(e, None), error(e, weights), floors[k]) for k, error in errors.items()}
+        )
+    return {
+        key: paired_difference(
+            *(tuple({1: side[key][part]} for side in sides) for part in range(3))
+        )
+        for key in keys
+    }
+
+
+def test_a_sharper_calibrated_model_is_not_called_better_calibrated():
+    found = [compared(seed, (1.0, 1.0), keys=CALIBRATION_ERRORS) for seed in range(12)]
+    for key in CALIBRATION_ERRORS:
+        assert sum(differences[key].significant for differences in found) <= 1, key
+    # without the floors the difference in noise would pass for one in calibration
+    assert np.mean([differences["ece"].value for differences in found]) > 0.02
+
+
+def test_true_over_confidence_is_still_found():
+    found = [compared(seed, (0.3, 1.0))["ece"] for seed in range(4)]
+    assert all(difference.low > 0 for difference in found)
+    found = [compared(seed, (1.0, 2.5))["ece"] for seed in range(4)]
+    assert all(difference.high < 0 for difference in found)
 
 
 def test_a_paired_difference_cancels_what_both_sides_share():
@@ -387,7 +655,8 @@ def test_a_paired_difference_cancels_what_both_sides_share():
     first, second = hard + rng.normal(0, 0.1, 500), hard + 0.05 + rng.normal(0, 0.1, 500)
     values = {1: first.mean()}, {1: second.mean()}
     replicates = {1: replicates_of(first)}, {1: replicates_of(second)}
-    difference, low, high = paired_difference(values, replicates, 4000, 0)
+    difference, low, high, common = paired_difference(values, replicates, ({1: 0}, {1: 0}))
+    assert common == 1
     half = norm.ppf(0.975) * (first - second).std() / 500**0.5
     assert (low, high) == pytest.approx((difference - half, difference + half), abs=0.002)
     assert high < 0, "unpaired the two could not be told apart"
@@ -397,13 +666,15 @@ def test_a_difference_is_taken_on_the_seeds_that_both_sides_have():
     rng = np.random.default_rng(0)
     replicates = [{seed: rng.normal(size=50) for seed in seeds} for seeds in ((1, 2), (2, 3))]
     values = {1: 9.0, 2: 3.0}, {2: 1.0, 3: 0.0}
-    difference, low, high = paired_difference(values, tuple(replicates), 50, 0)
+    floors = tuple(dict.fromkeys(side, 0.0) for side in ((1, 2, 4), (2, 3)))
+    difference, low, high, common = paired_difference(values, tuple(replicates), floors)
     shift = replicates[0][2] - replicates[1][2]
-    assert difference == 2.0
+    assert difference == 2.0 and common == 1
     assert (low, high) == pytest.approx(interval(2.0, shift))
     without = {1: 9.0, 4: 3.0}, {2: 1.0, 3: 0.0}
     replicates[0][4] = replicates[0].pop(2)
-    assert paired_difference(without, tuple(replicates), 50, 0)[0] == 5.5, "each side's own"
+    difference = paired_difference(without, tuple(replicates), floors)
+    assert difference.value == 5.5 and not difference.num_common, "each side's own"
 
 
 def test_the_interval_of_the_ece_holds_the_estimate_of_a_calibrated_model():
@@ -418,7 +689,7 @@ def test_the_interval_of_the_ece_holds_the_estimate_of_a_calibrated_model():
             for (weights,) in resample({7: 300}, 1000, 0)
         ]
     )
-    low, high = interval(ece, replicates, 0.0, 1.0)
+    low, high = interval(ece, replicates, 0.0, 0.0, 1.0)
     assert replicates.mean() > ece + 0.01 and 0 <= low < ece < high
 
 
@@ -432,7 +703,7 @@ def test_bold_is_only_what_is_better_than_every_other_row(tmp_path):
     shutil.rmtree(tmp_path / "map")
     (family,) = report_on(tmp_path, resamples=500).families
     assert {row.name: row.cells["nll"].mark for row in family.rows} == {"mle": "best", "tfb": ""}
-    difference, low, _ = family.rows[1].cells["nll"].difference
+    difference, low, *_ = family.rows[1].cells["nll"].difference
     assert family.baseline == "mle" and difference > low > 0
 
 
@@ -474,6 +745,16 @@ def test_the_latex_tables_are_well_formed(tmp_path):
         rows = [row for row in body.split(r"\\") if " & " in row]
         assert all(len(re.findall(r"(?<!\\)&", row)) == len(columns) - 1 for row in rows)
     assert r"d\_1\&2" in text
+
+
+def test_the_latex_tables_escape_signs_and_names(tmp_path):
+    make_run(tmp_path, "map", sharpness=30.0)
+    make_run(tmp_path, "blob", name="a", note="<a|b>", sharpness=0.0)
+    make_run(tmp_path, "blob", name="b", note="c", sharpness=1.0)
+    text = latex(report_on(tmp_path), MADE)
+    assert r"\textless{}a\textbar{}b\textgreater{}" in text
+    body = "".join(re.findall(r"\\midrule(.*?)\\bottomrule", text, re.S))
+    assert re.search(r"\$-\$[1-9]", body) and not re.search(r"(?<!\$)[+-]\d", body)
 
 
 def test_a_report_without_resamples_has_no_brackets(tmp_path):

@@ -86,6 +86,7 @@ def test_smooth_ece_equals_relplot_and_so_does_its_resampled_form(data):
     confidence, correct = u.top_label(log_probs, labels)
     expected, sigma = relplot.smECE(confidence, correct, return_width=True)
     assert u.smooth_calibration_error(confidence, correct) == pytest.approx((expected, sigma))
+    assert u.smooth_error_at(confidence, correct, sigma) == pytest.approx(expected, rel=0.02)
     index, weights = resample(len(labels))
     again = relplot.metrics.smECE_sigma(confidence[index], correct[index], sigma)
     value = u.smooth_error_at(confidence, correct, sigma, weights)
@@ -123,6 +124,28 @@ def test_brier_splits_into_calibration_and_refinement_in_closed_form():
     assert calibration == pytest.approx(2 * 0.5 * 0.2**2)
     refinement = u.mean(u.brier_scores(probs, labels)) - calibration
     assert refinement == pytest.approx(2 * (0.5 * 0.6 * 0.4 + 0.5 * 0.3 * 0.7))
+
+
+def test_noise_floors_equal_the_metrics_of_labels_drawn_from_the_model(data):
+    probs = np.exp(data[1])
+    rng, found = np.random.default_rng(1), []
+    for _ in range(80):
+        labels = np.array([rng.choice(probs.shape[1], p=p / p.sum()) for p in probs])
+        confidence, correct = u.top_label(data[1], labels)
+        ece, mce = u.calibration_errors(confidence, correct)
+        smooth = u.smooth_calibration_error(confidence, correct)[0] if len(found) < 15 else np.nan
+        found.append([
+            *(ece, mce, u.adaptive_calibration_error(confidence, correct)),
+            *(u.classwise_calibration_error(probs, labels), smooth),
+            u.brier_calibration(probs, labels),
+        ])  # fmt: skip
+    floors = u.noise_floors(probs, 15, 0)
+    means, spreads = np.nanmean(found, 0), np.nanstd(found, 0)
+    # 60 draws against 80 (15 for the smooth one): within four standard errors
+    assert (np.abs(np.array(list(floors.values())) - means) < 4 * spreads / 12**0.5).all()
+    assert list(floors) == [
+        *("ece", "mce", "ece_adaptive", "ece_classwise", "ece_smooth", "brier_calibration")
+    ]
 
 
 def test_entropies_and_mutual_information_equal_scipy(data):

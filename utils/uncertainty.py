@@ -24,6 +24,7 @@ Number = float | Float[np.ndarray, " R"]
 
 DENSE = 100_000  # up to which size a sum over groups is a matrix product
 SMOOTH_GRID = 1001  # points of the confidence axis that `smooth_calibration_error` smooths over
+FLOOR_DRAWS = 60  # label sets that `noise_floors` averages over
 
 
 # --- per example ----------------------------------------------------------------------------------
@@ -155,12 +156,18 @@ def adaptive_calibration_error(
     """
     ranked = _Ranked(confidence, _rows(weights, len(confidence)))
     counts, gaps = ranked.cumulative(), ranked.cumulative(correct - confidence)
-    errors = []
-    for n, g in zip(counts, gaps, strict=True):
-        edges = np.round(np.arange(num_bins + 1) * n[-1] / num_bins)
-        at_edges = np.interp(edges, np.append(0.0, n), np.append(0.0, g))
-        errors.append(np.abs(np.diff(at_edges)).sum() / n[-1])
+    errors = [_between_ranks(n, g[None], num_bins)[0] for n, g in zip(counts, gaps, strict=True)]
     return _number(np.array(errors), weights)
+
+
+def _between_ranks(
+    counts: Float[np.ndarray, " blocks"], gaps: Float[np.ndarray, "R blocks"], num_bins: int
+) -> Float[np.ndarray, " R"]:
+    """Adaptive ECE from sums up to each block: of examples, and of correct - confidence."""
+    edges = np.round(np.arange(num_bins + 1) * counts[-1] / num_bins)
+    counts = np.append(0.0, counts)
+    at_edges = np.array([np.interp(edges, counts, np.append(0.0, row)) for row in gaps])
+    return np.abs(np.diff(at_edges)).sum(1) / counts[-1]
 
 
 def smooth_calibration_error(confidence: Values, correct: Values) -> tuple[float, float]:
@@ -180,11 +187,14 @@ def smooth_calibration_error(confidence: Values, correct: Values) -> tuple[float
 
 
 def smooth_error_at(
-    confidence: Values, correct: Values, sigma: float, weights: Weights | None = None
+    confidence: Values,
+    correct: Values | Weights,
+    sigma: float,
+    weights: Weights | None = None,
 ) -> Number:
     r"""The smooth ECE at a given bandwidth: $\int |(K_\sigma * r)(t)| dt / \int K_\sigma * 1$.
 
-    What resamples are worth: they keep the bandwidth of the sample.
+    What resamples are worth: they keep the bandwidth of the sample. `correct` may be (R, n) too.
     """
     w = _rows(weights, len(confidence))
     # Linear weights to the two neighbours on the grid, as relplot does.
@@ -202,16 +212,17 @@ def smooth_error_at(
         each = (1 - share)[:, None] * kernel[lower] + share[:, None] * kernel[lower + 1]
         residuals, density = (w * residual) @ each, w @ each
     else:
-        on_grid = np.array(
-            [
-                np.bincount(lower, v * (1 - share), SMOOTH_GRID)
-                + np.bincount(lower + 1, v * share, SMOOTH_GRID)
-                for row in w
-                for v in (row * residual, row)
-            ]
-        )  # (2R, grid): residuals and density in turn
-        smoothed = on_grid @ kernel
-        residuals, density = smoothed[::2], smoothed[1::2]
+        residuals, density = (
+            np.array(
+                [
+                    np.bincount(lower, row * (1 - share), SMOOTH_GRID)
+                    + np.bincount(lower + 1, row * share, SMOOTH_GRID)
+                    for row in rows
+                ]
+            )
+            @ kernel
+            for rows in (w * residual, w)
+        )
     return _number(np.abs(residuals).sum(1) / density.sum(1), weights)
 
 
@@ -235,6 +246,54 @@ def brier_calibration(
         counts, sums = _binned_sums(probs[:, c], num_bins, w, None, gaps[:, c])
         total += (np.square(sums) / np.maximum(counts, 1e-300)).sum(1)
     return _number(total / w.sum(1), weights)
+
+
+def noise_floors(probs: Float[np.ndarray, "n C"], num_bins: int, seed: int) -> dict[str, float]:
+    r"""What each calibration error would be on average if the probabilities were calibrated.
+
+    Labels are drawn from the probabilities themselves, `FLOOR_DRAWS` times, and the errors of those
+    are averaged: $\mathbb E_{y \sim p}[\mathrm{ECE}(p, y)]$ (the null of the consistency bars of
+    Bröcker and Smith 2007). Finite samples put it above 0, the further the fewer examples there are
+    and the less confident the model is, so two calibrated models can differ in their ECE.
+
+    Returns:
+        the floors of "ece", "mce", "ece_adaptive", "ece_classwise", "ece_smooth",
+        "brier_calibration".
+    """
+    n, num_classes = probs.shape
+    rng = np.random.default_rng(seed)
+    edges = probs.cumsum(1)[:, :-1]
+    labels = np.stack(
+        [(rng.random((n, 1)) > edges).sum(1, dtype=np.int16) for _ in range(FLOOR_DRAWS)]
+    )  # (draws, n)
+    confidence = np.minimum(probs.max(1), 1.0)
+    correct = (labels == probs.argmax(1)).astype(float)
+    residuals = correct - confidence
+    bins = bin_of(confidence, num_bins)
+    counts, gaps = np.bincount(bins, minlength=num_bins), np.abs(_sums(bins, num_bins, residuals))
+    filled = counts > 0
+    ranked, ones = _Ranked(confidence, residuals), _Ranked(confidence, np.ones((1, n)))
+    adaptive = _between_ranks(ones.cumulative()[0], ranked.cumulative(), num_bins)
+    classwise = brier = 0.0
+    for c in range(num_classes):
+        bins = bin_of(probs[:, c], num_bins)
+        sums = _sums(bins, num_bins, (labels == c) - probs[:, c])
+        classwise += np.abs(sums).sum(1).mean() / n / num_classes
+        sizes = np.maximum(np.bincount(bins, minlength=num_bins), 1)
+        brier += (np.square(sums) / sizes).sum(1).mean() / n
+    # The bandwidth that equals the error; the root of both lands close to it in a few steps.
+    smooth = 0.05
+    for _ in range(4):
+        at = float(np.mean(smooth_error_at(confidence, correct, smooth, np.ones((1, n)))))
+        smooth = max(1e-3, (smooth * at) ** 0.5)
+    return {
+        "ece": float(gaps.sum(1).mean() / n),
+        "mce": float((gaps[:, filled] / counts[filled]).max(1).mean()),
+        "ece_adaptive": float(adaptive.mean()),
+        "ece_classwise": float(classwise),
+        "ece_smooth": at,
+        "brier_calibration": float(brier),
+    }
 
 
 # --- of a data set: selection and detection -------------------------------------------------------

@@ -6,14 +6,26 @@ settings; its seeds are averaged. Runs are read one after the other; only their 
 
 from __future__ import annotations
 
+import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.report.measure import METRICS, Curves, Examples, curves, measure, measure_shift
+from utils.report.measure import (
+    METRICS,
+    Curves,
+    Examples,
+    Source,
+    SourceHistogram,
+    curves,
+    measure,
+    measure_shift,
+)
 from utils.report.runs import (
     Evaluation,
     Predictions,
@@ -22,14 +34,17 @@ from utils.report.runs import (
     Unusable,
     read_history,
     read_predictions,
+    seed_text,
     settings_key,
 )
 from utils.report.significance import (
-    interval,
+    Difference,
     mean_over_seeds,
     paired_difference,
     resample,
 )
+from utils.seeding import mix_seed
+from utils.uncertainty import noise_floors
 
 POINT_ESTIMATES = ("mle", "map")  # what other methods are held against, in this order
 SHOWN_FLAGS = 4  # of a row's settings, in its name
@@ -52,7 +67,9 @@ class Result:
     Attributes:
         values: metric -> value.
         replicates: metric -> its (R,) values on resampled examples.
+        floors: metric -> what it would be if the model were calibrated, where that is not 0.
         temperature: what the logits were divided by, if anything.
+        source: what shifted examples are held against, if there is something.
     """
 
     run: Run
@@ -65,7 +82,9 @@ class Result:
     temperature: float | None
     values: dict[str, float]
     replicates: dict[str, np.ndarray]
+    floors: dict[str, float]
     curves: Curves
+    source: SourceHistogram | None
 
 
 class Cell(NamedTuple):
@@ -75,7 +94,8 @@ class Cell(NamedTuple):
         low, high: the 95 % interval.
         spread: standard deviation over seeds; NaN for one seed.
         mark: "best" if better than every other row, "tied" if not told apart from the best one.
-        difference: (first, low, high) against the family's baseline; None on that row itself.
+        difference: from the family's baseline; None on that row itself.
+        floor: what the metric would be if the model were calibrated; 0 where that is no question.
     """
 
     value: float
@@ -83,7 +103,8 @@ class Cell(NamedTuple):
     high: float
     spread: float
     mark: str
-    difference: tuple[float, float, float] | None
+    difference: Difference | None
+    floor: float
 
 
 @dataclass
@@ -156,49 +177,86 @@ def collect(
     bundles: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
         bundles[run.model, run.dataset].append(run)
+    models = {model for model, _ in bundles}
+    shown = shortest_tails([m for m in models if os.path.isabs(m)])
     for (model, source), bundle in sorted(bundles.items()):
         names = _row_names(bundle)
         found: dict[tuple, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
         training: dict[str, list] = defaultdict(list)
-        for run in bundle:
-            progress(str(run.folder))
-            results = _measure_run(run, options, report)
+        posteriors: dict[str, list[Run]] = defaultdict(list)
+        for run in sorted(bundle, key=lambda run: (run.started, str(run.folder)), reverse=True):
+            posteriors[run.posterior].append(run)  # the newest first
+        for same in sorted(posteriors.values(), key=lambda same: str(same[0].folder)):
+            results = _measure_posterior(same, names, options, report, progress)
             for result in results:
                 scaled = "" if result.temperature is None else " + temperature"
                 key = (result.evaluation.shifted, result.evaluation.dataset, result.split)
-                found[(*key, result.fingerprint)][names[run.folder] + scaled].append(result)
-            if results:
-                report.num_runs += 1
-                training[names[run.folder]].append(read_history(run))
+                name = names[result.run.folder] + scaled
+                found[(*key, result.fingerprint)][name].append(result)
+            having = {result.run.folder: result.run for result in results}
+            report.num_runs += len(having)
+            for folder, run in having.items():
+                training[names[folder]].append(read_history(run))
         for (shifted, dataset, split, _), rows in sorted(found.items()):
-            report.families.append(_family(model, source, dataset, split, shifted, rows, options))
+            for results in rows.values():
+                results.sort(key=lambda result: str(result.run.folder))
+            report.families.append(
+                _family(shown.get(model, model), source, dataset, split, shifted, rows, options)
+            )
             for result in (result for results in rows.values() for result in results):
                 result.replicates.clear()  # thousands of runs would fill the memory
-        report.training.append(Training(model, source, dict(training)))
+        report.training.append(Training(shown.get(model, model), source, dict(training)))
     return report
 
 
-def _measure_run(run: Run, options: Options, report: Report) -> list[Result]:
-    """All evaluations of a run, raw and temperature scaled; what is damaged goes to the report."""
-    results = []
-    sources: dict[bool, tuple[int, Examples]] = {}  # scaled -> fingerprint, examples
-    for evaluation in sorted(run.evaluations, key=lambda e: e.shifted):
+def _measure_posterior(
+    runs: list[Run],
+    names: dict[Path, str],
+    options: Options,
+    report: Report,
+    progress: Callable[[str], None],
+) -> list[Result]:
+    """All evaluations of one posterior, raw and temperature scaled, the newer runs first.
+
+    What is damaged, and what a newer run has measured on the same examples, goes to the report.
+    Shifted examples are held against the source examples of their own run, or the newest one's.
+    """
+    results: list[Result] = []
+    taken: dict[tuple, Evaluation] = {}
+    sources: dict[tuple[Path | None, bool], Source] = {}
+    pairs = [(run, evaluation) for run in runs for evaluation in run.evaluations]
+    for run, evaluation in sorted(pairs, key=lambda pair: pair[1].shifted):
+        progress(str(evaluation.file.parent))
+        if evaluation.omitted:
+            report.skipped.append(Skipped(evaluation.file.parent, evaluation.omitted))
         try:
             predictions = read_predictions(evaluation)
         except Unusable as error:
             report.skipped.append(Skipped(evaluation.file.parent, str(error)))
             continue
-        variants = [None] if evaluation.temperature is None else [None, evaluation.temperature]
-        for temperature in variants:
-            examples = Examples.of(predictions, temperature)
+        for temperature in dict.fromkeys([None, evaluation.temperature]):
             scaled = temperature is not None
-            if not evaluation.shifted:
-                sources[scaled] = predictions.fingerprint, examples
-            source = sources.get(scaled) if evaluation.shifted else None
+            key = (names[run.folder], run.seeds, predictions.fingerprint, scaled)
+            if key in taken:
+                newer = taken[key].file.parent
+                reason = (
+                    f"{evaluation.dataset}{' + temperature' * scaled}: the same method, settings, "
+                    f"seed and examples as {newer}, which is newer"
+                )
+                report.skipped.append(Skipped(evaluation.file.parent, reason))
+                continue
+            taken[key] = evaluation
+            examples = Examples.of(predictions, temperature)
+            source = None
+            if evaluation.shifted:
+                source = sources.get((run.folder, scaled), sources.get((None, scaled)))
             result = _measure(run, evaluation, predictions, temperature, examples, source, options)
             results.append(result)
-            if not scaled:
-                report.notes += _disagreements(result, options)
+            if not evaluation.shifted:
+                source = Source.of(examples, predictions.fingerprint)
+                sources.setdefault((run.folder, scaled), source)
+                sources.setdefault((None, scaled), source)
+            report.notes += _disagreements(result, options)
     return results
 
 
@@ -208,21 +266,25 @@ def _measure(
     predictions: Predictions,
     temperature: float | None,
     examples: Examples,
-    source: tuple[int, Examples] | None,
+    source: Source | None,
     options: Options,
 ) -> Result:
     own = predictions.fingerprint
     sizes = {own: len(examples.labels)}
     if source is not None:
-        sizes[source[0]] = len(source[1].labels)
+        sizes[source.fingerprint] = source.num_examples
     values = measure(examples, options.num_bins)
     if source is not None:
-        values |= measure_shift(source[1], examples)
+        values |= measure_shift(source, examples)
+    floors = noise_floors(
+        examples.probs, options.num_bins, mix_seed("calibrated labels", options.seed, own)
+    )
+    values["ece_floor"] = floors["ece"]
     chunks = defaultdict(list)
     for weights in resample(sizes, options.resamples, options.seed):
         measured = measure(examples, options.num_bins, weights[0])
         if source is not None:
-            measured |= measure_shift(source[1], examples, (weights[1], weights[0]))
+            measured |= measure_shift(source, examples, (weights[1], weights[0]))
         for key, replicates in measured.items():
             chunks[key].append(replicates.astype(np.float32))
     return Result(
@@ -236,16 +298,19 @@ def _measure(
         temperature=temperature,
         values={key: float(value) for key, value in values.items()},
         replicates={
-            key: np.concatenate(chunks[key]) if chunks[key] else np.empty(0) for key in values
+            key: np.concatenate(chunks[key]) if key in chunks else np.empty(0) for key in values
         },
+        floors=floors | {"brier_refinement": -floors["brier_calibration"]},
         curves=curves(examples, options.num_bins),
+        source=None if source is None else source.histogram,
     )
 
 
 def _disagreements(result: Result, options: Options) -> list[str]:
     """Where metrics.json says something else than the predictions that it stands beside."""
-    stored = result.evaluation.stored
-    keys = ["acc", "nll", "brier"] + ["ece"] * (stored.get("num_bins") == options.num_bins)
+    block = result.evaluation.stored
+    keys = ["acc", "nll", "brier"] + ["ece"] * (block.get("num_bins") == options.num_bins)
+    stored = block if result.temperature is None else block["temperature_scaled"]
     return [
         f"{result.evaluation.file}: its predictions give {METRICS[key].title} "
         f"{result.values[key]:.4f}, metrics.json says {stored[key]}"
@@ -258,33 +323,60 @@ def _disagreements(result: Result, options: Options) -> list[str]:
     ]
 
 
-def _row_names(runs: list[Run]) -> dict[Any, str]:
+def _row_names(runs: list[Run]) -> dict[Path, str]:
     """A name for each run's row: its method and, where a method has several, the flags that differ.
 
-    Runs of other settings never share a row.
+    Runs of other settings never share a row. A flag that a run does not know, as it is older, tells
+    it apart only where the others' values differ.
     """
-    by_method: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    by_method: dict[tuple[str, bool], list[Run]] = defaultdict(list)
     for run in runs:
-        by_method[run.method][settings_key(run.settings)] = run.settings
-    names: dict[tuple[str, str], str] = {}
-    for method, variants in by_method.items():
-        flags = sorted({key for settings in variants.values() for key in settings})
-        differing = [key for key in flags if len({repr(s.get(key)) for s in variants.values()}) > 1]
-        for position, (key, settings) in enumerate(variants.items(), start=1):
-            shown = [_flag(flag, settings[flag]) for flag in differing if flag in settings]
+        by_method[run.method, "folder" in run.settings].append(run)
+    methods = shortest_tails(sorted({run.method for run in runs}))
+    names: dict[Path, str] = {}
+    taken: dict[str, tuple] = {}
+    for (method, _), same in by_method.items():
+        values: dict[str, set[str]] = defaultdict(set)
+        for run in same:
+            for key, value in run.settings.items():
+                values[key].add(repr(value))
+        differing = sorted(key for key, found in values.items() if len(found) > 1)
+        paths = shortest_tails(
+            sorted({v for r in same for k in differing if isinstance(v := r.settings.get(k), str)})
+        )
+        for run in same:
+            settings = {key: run.settings[key] for key in differing if key in run.settings}
+            shown = [_flag(k, v, paths) for k, v in settings.items() if v is not None]
             more = f", {len(shown) - SHOWN_FLAGS} more" if len(shown) > SHOWN_FLAGS else ""
-            name = f"{method} ({', '.join(shown[:SHOWN_FLAGS])}{more})" if shown else method
-            taken = name in names.values()
-            names[method, key] = f"{name} #{position}" if taken else name
-    return {run.folder: names[run.method, settings_key(run.settings)] for run in runs}
+            name = methods[method]
+            name += f" ({', '.join(shown[:SHOWN_FLAGS])}{more})" if shown else ""
+            key, unique, number = (method, settings_key(settings)), name, 2
+            while taken.setdefault(unique, key) != key:
+                unique, number = f"{name} #{number}", number + 1
+            names[run.folder] = unique
+    return names
 
 
-def _flag(name: str, value: Any) -> str:
+def shortest_tails(names: list[str]) -> dict[str, str]:
+    """The last parts of each path, or of FILE:NAME, as many as tell it from the others."""
+    tails = {}
+    for name in names:
+        parts = [match.end() for match in re.finditer("[/:]", name.rstrip("/"))]
+        for start in [*reversed(parts), 0]:
+            tails[name] = tail = name[start:].rstrip("/")
+            if not any(
+                o != name and f"/{o.rstrip('/')}".endswith(("/" + tail, ":" + tail)) for o in names
+            ):
+                break
+    return tails
+
+
+def _flag(name: str, value: Any, paths: dict[str, str]) -> str:
     name = name.replace("_", "-")
-    if value is True:
-        return name
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"{name} {text.rstrip('/').rpartition('/')[2]}"
+    if isinstance(value, bool):
+        return f"{name} {str(value).lower()}"
+    values = value if isinstance(value, list) else [value]
+    return f"{name} {' '.join(paths.get(v, v) if isinstance(v, str) else str(v) for v in values)}"
 
 
 def _family(
@@ -305,14 +397,22 @@ def _family(
     first = rows[0].results[0]
     baseline = rows[0]
     for row in rows:
-        _fill_cells(row, rows, baseline, options)
+        _fill_cells(row, baseline)
     mark_best(rows, options)
-    all_seeds = {seed for row in rows for seed in row.seeds}
+    trained = {
+        row.name: {seed_text(result.run.training_seeds) for result in row.results} for row in rows
+    }
+    all_seeds = set().union(*trained.values())
     notes = [
-        f"{row.name} has no seed {', '.join(sorted(all_seeds - set(row.seeds)))}."
-        for row in rows
-        if all_seeds - set(row.seeds)
+        f"{name} has no seed {', '.join(sorted(all_seeds - seeds))}."
+        for name, seeds in trained.items()
+        if all_seeds - seeds
     ]
+    if any(r.source and r.source.num_classes != r.num_classes for row in rows for r in row.results):
+        notes.append(
+            "Source and shifted examples have different numbers of classes, which alone changes "
+            "entropies and probabilities: AUROC and FPR@95 say little."
+        )
     for row in rows:
         commits = {result.evaluation.provenance["commit"] for result in row.results}
         if len(commits) > 1:
@@ -331,41 +431,40 @@ def _family(
     )
 
 
-def _by_seed(row: Row, key: str) -> tuple[dict, dict]:
-    """seed -> value, seed -> replicates."""
-    return (
-        {result.run.seeds: result.values[key] for result in row.results},
-        {result.run.seeds: result.replicates[key] for result in row.results},
+def _by_seed(row: Row, key: str) -> tuple[dict, dict, dict]:
+    """seed -> value, seed -> replicates, seed -> noise floor.
+
+    The seed of the training is what rows have in common: of the adapter where one was loaded. Where
+    a row has several results of one, the run's own seeds stand beside it.
+    """
+    seeds = [result.run.training_seeds for result in row.results]
+    if len(set(seeds)) < len(seeds):
+        seeds = [(result.run.seeds, result.run.training_seeds) for result in row.results]
+    parts = zip(
+        *((r.values[key], r.replicates[key], r.floors.get(key, 0.0)) for r in row.results),
+        strict=True,
     )
+    return tuple(dict(zip(seeds, part, strict=True)) for part in parts)
 
 
-def _fill_cells(row: Row, rows: list[Row], baseline: Row, options: Options) -> None:
+def _fill_cells(row: Row, baseline: Row) -> None:
     for key, metric in METRICS.items():
         if any(key not in result.values for result in row.results):
             continue
-        values, replicates = _by_seed(row, key)
-        seeds = tuple(sorted(values, key=repr))
-        value, resampled = mean_over_seeds(
-            values, replicates, seeds, options.resamples, options.seed
-        )
+        values, replicates, floors = _by_seed(row, key)
         row.cells[key] = Cell(
-            value,
-            *interval(value, resampled, 0.0, metric.highest),
+            *mean_over_seeds(values, replicates, metric.highest),
             spread=float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else np.nan,
             mark="",
-            difference=None if row is baseline else _difference(row, baseline, key, options),
+            difference=None if row is baseline else _difference(row, baseline, key),
+            floor=float(np.mean(list(floors.values()))),
         )
 
 
-def _difference(
-    row: Row, other: Row, key: str, options: Options
-) -> tuple[float, float, float] | None:
+def _difference(row: Row, other: Row, key: str) -> Difference | None:
     if any(key not in result.values for result in other.results):
         return None
-    (values, replicates), (others, other_replicates) = _by_seed(row, key), _by_seed(other, key)
-    return paired_difference(
-        (values, others), (replicates, other_replicates), options.resamples, options.seed
-    )
+    return paired_difference(*zip(_by_seed(row, key), _by_seed(other, key), strict=True))
 
 
 def mark_best(rows: list[Row], options: Options) -> None:
@@ -386,9 +485,9 @@ def mark_best(rows: list[Row], options: Options) -> None:
         for row in having:
             if row is best:
                 continue
-            _, low, high = _difference(row, best, key, options)
+            found = _difference(row, best, key)
             # On the seeds that both have, the best one could even be the worse: then they are tied.
-            is_worse = low > 0 if metric.better == "low" else high < 0
+            is_worse = found.low > 0 if metric.better == "low" else found.high < 0
             if not is_worse:
                 tied.append(row)
         for row in [best, *tied]:

@@ -12,7 +12,7 @@ import torch
 
 from utils import uncertainty as u
 from utils.metrics import posterior_predictive
-from utils.report.runs import Predictions
+from utils.report.runs import Predictions, row_blocks
 from utils.temperature import scale
 
 
@@ -54,6 +54,7 @@ TABLES: dict[str, tuple[Metric, ...]] = {
     "Accuracy and calibration": (
         Metric("acc", "ACC", "high", "share of correct predictions", 1),
         Metric("ece", "ECE", "low", "top-label, equal-width bins (arXiv 1706.04599)", 1),
+        Metric("ece_floor", "ECE if calibrated", "", "of labels drawn from the probabilities", 1),
         Metric("ece_adaptive", "adaptive ECE", "low", "bins of equal counts (arXiv 1508.05154)", 1),
         Metric("ece_classwise", "class-wise ECE", "low", "mean over classes (arXiv 1910.12656)", 1),
         Metric("mce", "MCE", "low", "the worst bin; noisy where bins hold few examples", 1),
@@ -88,23 +89,34 @@ COVERAGES = {"acc_at_50": 0.5, "acc_at_80": 0.8, "acc_at_95": 0.95}
 class Examples:
     """Predictions with what the metrics need of each example, computed once.
 
+    Draws may fill most of the memory: they stay as they are stored, and are scaled and
+    exponentiated block by block.
+
     Attributes:
         draws: log-probabilities, (n, N, C).
         labels: (n,)
         log_probs: of the posterior predictive, (n, C).
+        temperature: what the logits of every draw are to be divided by, if anything.
     """
 
     draws: np.ndarray
     labels: np.ndarray
     log_probs: np.ndarray
+    temperature: float | None = None
 
     @classmethod
     def of(cls, predictions: Predictions, temperature: float | None = None) -> Examples:
         """With the logits of every draw divided by the temperature, if there is one."""
-        draws = torch.from_numpy(predictions.draws)
-        if temperature is not None:
-            draws = scale(draws, temperature)
-        return cls(draws.numpy(), predictions.labels, posterior_predictive(draws).numpy())
+        log_probs = [
+            posterior_predictive(torch.from_numpy(_scaled(block, temperature))).numpy()
+            for block in row_blocks(predictions.draws)
+        ]
+        draws, labels = predictions.draws, predictions.labels
+        return cls(draws, labels, np.concatenate(log_probs), temperature)
+
+    def draw(self, number: int) -> np.ndarray:
+        """One draw of all examples, (n, C)."""
+        return _scaled(self.draws[:, number], self.temperature)
 
     @cached_property
     def probs(self) -> np.ndarray:
@@ -133,16 +145,20 @@ class Examples:
     def values(self) -> dict[str, np.ndarray]:
         """What is averaged over the examples."""
         entropy = u.predictive_entropy(self.log_probs)
-        expected = u.expected_entropy(self.draws)
+        of_draws = [
+            [function(block) for function in (u.expected_entropy, u.draw_deviation, u.flip_rates)]
+            for block in (_scaled(block, self.temperature) for block in row_blocks(self.draws))
+        ]
+        expected, deviation, flips = map(np.concatenate, zip(*of_draws, strict=True))
         return {
             "acc": self.top[1],
             "nll": u.negative_log_likelihoods(self.log_probs, self.labels),
             "brier": u.brier_scores(self.probs, self.labels),
             "entropy": entropy,
             "entropy_expected": expected,
-            "mi": u.mutual_information(self.log_probs, self.draws),
-            "draw_std": u.draw_deviation(self.draws),
-            "flips": u.flip_rates(self.draws),
+            "mi": np.maximum(entropy - expected, 0.0),
+            "draw_std": deviation,
+            "flips": flips,
         }
 
     @cached_property
@@ -150,6 +166,12 @@ class Examples:
         """Uncertainties that errors and shifted examples are told by; one draw has no MI."""
         scores = {"maxprob": 1 - self.top[0], "entropy": self.values["entropy"]}
         return scores | ({"mi": self.values["mi"]} if self.draws.shape[1] > 1 else {})
+
+
+def _scaled(draws: np.ndarray, temperature: float | None) -> np.ndarray:
+    """In double precision, with the logits divided by the temperature, if there is one."""
+    draws = draws.astype(float)
+    return draws if temperature is None else scale(torch.from_numpy(draws), temperature).numpy()
 
 
 def measure(
@@ -182,11 +204,36 @@ def measure(
     return out
 
 
+class SourceHistogram(NamedTuple):
+    """What the plot of entropies shows of the source: `Curves.entropy`, and its classes."""
+
+    entropy: np.ndarray
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What shifted examples are held against: the scores of source examples, without the draws."""
+
+    fingerprint: int
+    num_examples: int
+    scores: dict[str, np.ndarray]
+    ranked_scores: dict[str, np.ndarray]
+    histogram: SourceHistogram
+
+    @classmethod
+    def of(cls, examples: Examples, fingerprint: int) -> Source:
+        """Of measured examples."""
+        histogram = SourceHistogram(entropy_histogram(examples), examples.probs.shape[1])
+        size = len(examples.labels)
+        return cls(fingerprint, size, examples.scores, examples.ranked_scores, histogram)
+
+
 def measure_shift(
-    source: Examples, shifted: Examples, weights: tuple[np.ndarray, np.ndarray] | None = None
+    source: Source, shifted: Examples, weights: tuple[np.ndarray, np.ndarray] | None = None
 ) -> dict[str, u.Number]:
     """Source against shifted examples; each set is resampled by weights of its own."""
-    positive = np.repeat([0.0, 1.0], [len(source.labels), len(shifted.labels)])
+    positive = np.repeat([0.0, 1.0], [source.num_examples, len(shifted.labels)])
     both = None if weights is None else np.concatenate(weights, axis=1)
     own, other = (e.scores if weights is None else e.ranked_scores for e in (source, shifted))
     out = {}
@@ -225,26 +272,28 @@ def curves(examples: Examples, num_bins: int) -> Curves:
     confidence, correct = examples.top
     bins = u.bin_of(confidence, num_bins)
     columns = (np.ones_like(correct), confidence, correct)
-    num_classes = examples.probs.shape[1]
-    counts, _ = np.histogram(
-        examples.values["entropy"] / np.log(max(num_classes, 2)), ENTROPY_BINS, (0, 1 + 1e-9)
-    )
     return Curves(
         bins=np.stack([np.bincount(bins, column, num_bins) for column in columns]),
         risk=1 - np.asarray(u.accuracy_at_coverage(confidence, correct, COVERAGE_GRID)),
-        entropy=counts / len(correct),
+        entropy=entropy_histogram(examples),
         draws=np.array(list(_by_draws(examples, num_bins))),
     )
 
 
+def entropy_histogram(examples: Examples) -> np.ndarray:
+    """Share of the examples in each of `ENTROPY_BINS` bins from 0 to log C."""
+    most = np.log(max(examples.probs.shape[1], 2))
+    counts, _ = np.histogram(examples.values["entropy"] / most, ENTROPY_BINS, (0, 1 + 1e-9))
+    return counts / len(examples.labels)
+
+
 def _by_draws(examples: Examples, num_bins: int) -> Iterator[tuple[float, float, float]]:
-    draws, labels = examples.draws, examples.labels
-    total = draws.shape[1]
+    labels, total = examples.labels, examples.draws.shape[1]
     shown = range(total) if total <= 20 else np.unique(np.geomspace(1, total, 20).astype(int)) - 1
-    running = draws[:, 0]
+    running = examples.draw(0)
     for number in range(total):
         if number:
-            running = np.logaddexp(running, draws[:, number])
+            running = np.logaddexp(running, examples.draw(number))
         if number in shown:
             log_probs = running - np.log(number + 1)
             ece, _ = u.calibration_errors(*u.top_label(log_probs, labels), num_bins)

@@ -6,7 +6,6 @@ import base64
 import math
 from html import escape
 
-from utils.report import significance
 from utils.report.collect import Cell, Family, Report, Row
 from utils.report.measure import METRICS, TABLES, Metric
 from utils.report.plots import Plot
@@ -39,10 +38,9 @@ h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
 a { color: var(--link); } code { font: .85em ui-monospace, Menlo, Consolas, monospace;
   overflow-wrap: anywhere; }
-.meta, figcaption, caption, .note { color: var(--soft); font-size: .86rem; }
+.meta, figcaption, .note { color: var(--soft); font-size: .86rem; }
 .wide { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-caption { caption-side: bottom; text-align: left; padding: .4rem 0; max-width: 62rem; }
 th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
@@ -60,7 +58,8 @@ figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; backgro
   border: 1px solid var(--line); border-radius: 4px; padding: 4px; }
 figcaption { max-width: 62rem; }
 .verdict { background: var(--shade); padding: .6rem 1rem .6rem 2rem; border-radius: 4px; }
-.text td { overflow-wrap: anywhere; } .text { width: 100%; } pre { white-space: pre-wrap; }
+.text td { overflow-wrap: anywhere; } .text { width: 100%; }
+@page { size: landscape; }
 @media print {
   body { max-width: none; font-size: 10pt; } nav, thead button::after { display: none; }
   figure, tr { break-inside: avoid; } .wide { overflow: visible; }
@@ -202,6 +201,8 @@ def _cell(cell: Cell | None, family: Family) -> str:
     about = f"{family.num_examples} examples"
     if math.isfinite(cell.spread):
         about += f"; standard deviation over seeds {cell.spread:.3f}"
+    if cell.floor > 0:
+        about += f"; a calibrated model with these probabilities would have {cell.floor:.3f}"
     interval = bracket(cell.low, cell.high)
     return (
         f'<td data-value="{cell.value:.9g}" title="{about}">{value}'
@@ -218,15 +219,16 @@ def _differences(position: int, family: Family, text: str) -> str:
         cells = [_method(position, i, row)]
         for key in DIFFERENCES:
             cell = row.cells.get(key)
-            if cell is None or cell.difference is None or not math.isfinite(cell.difference[0]):
+            if cell is None or cell.difference is None or not math.isfinite(cell.difference.value):
                 cells.append(f'<td data-value="">{UNDEFINED}</td>')
                 continue
-            value, low, high = cell.difference
-            shown = signed(value)
-            if significance.is_significant(low, high):
+            found = cell.difference
+            shown = signed(found.value)
+            if found.significant:
                 shown = f"<strong>{shown}</strong>"
             cells.append(
-                f'<td data-value="{value:.9g}">{shown}<small>{bracket(low, high)}</small></td>'
+                f'<td data-value="{found.value:.9g}" title="{found.num_common} seed(s) in common">'
+                f"{shown}<small>{bracket(found.low, found.high)}</small></td>"
             )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return _sortable(head, lines, text)
@@ -234,7 +236,7 @@ def _differences(position: int, family: Family, text: str) -> str:
 
 def _sortable(head: list[tuple[str, str]], lines: list[str], text: str) -> str:
     return (
-        f'<div class="wide"><table class="sortable">'
+        f'<div class="wide"><table class="sortable" aria-label="{escape(text.partition(".")[0])}">'
         f"{_head(head)}<tbody>{''.join(lines)}</tbody></table></div>"
         f'<p class="note">{escape(text)}</p>'
     )
@@ -274,22 +276,25 @@ def _plain_method() -> str:
 
 
 METHOD = """
-Resamples: each draws n of the n examples with replacement. All methods and seeds of a table see
-the same resamples, so differences are paired. Where a row has several seeds they are the outer
-level: each resample also draws S of the S seeds with replacement, for a difference the seeds that
-both sides have. A row's value is the mean over its seeds of the metric on all examples.
+Intervals are 95 %. Examples: resamples draw n of the n examples with replacement, the same ones for
+all methods and seeds of a table, so differences are paired; the deviations are the quantiles of the
+resampled values (means over the seeds) around their mean. Seeds: with S of them the half-width
+t(0.975, S - 1) · s / √S is added in quadrature, s being the standard deviation over seeds of the
+value, or of the difference on the seeds that both sides have. Intervals are put around the estimate
+and cut to the metric's range. Ranks of more than 2000 examples are resampled in 2000 blocks. Smooth
+ECE keeps the sample's bandwidth.
 
-Intervals are 95 %: quantiles of the resampled values around their mean, put around the estimate
-and cut to the metric's range. Resampling repeats examples, which raises binned calibration
-errors; centring takes that shift out again. Ranks of more than 2000 examples are resampled in
-2000 blocks. Smooth ECE keeps the sample's bandwidth.
+Calibration errors (ECE, adaptive, class-wise and smooth ECE, MCE, the Brier score's parts) are
+biased upwards by noise, the more the fewer examples there are and the less confident a model is:
+two calibrated models can differ. “ECE if calibrated” is the mean ECE of labels drawn from the row's
+own probabilities; the other errors' are in their tooltips and in tables.csv. The bias lies between
+0 and this. So the interval of a difference of such errors spans two: around the difference as it
+is, and around the one with what calibrated models would have taken off. It is significant (bold, or
+no †) only if both exclude 0. ACC, NLL and the Brier score have no such bias.
 
-Limits: binned calibration errors are biased upwards, the more the fewer examples there are (in a
-simulation of docs/log.md a perfectly calibrated model has a mean ECE of 0.044 on 200 examples and
-0.014 on 2000, with 15 bins). An interval lies around the value with its bias. ACC, NLL and the
-Brier score have no such bias. With one seed an interval holds the noise of the test examples
-only; with two or three, resampling seeds understates how much seeds vary. Nothing is corrected
-for the number of comparisons.
+Limits: with one seed an interval holds the noise of the test examples only; with two the t quantile
+is 12.7, so little is significant. The interval of a single calibration error lies around the value
+with its bias. Nothing is corrected for the number of comparisons.
 """
 
 
@@ -303,10 +308,10 @@ def _provenance(report: Report) -> str:
                 scaled = (
                     f"<br>logits divided by {result.temperature:.3f}" if result.temperature else ""
                 )
+                updates = result.run.updates
+                told = f"{updates} updates" if updates is not None else ""
                 shown = "<br>".join(
-                    escape(text)
-                    for text in (made["started"], made["host"], f"{result.run.updates} updates")
-                    if text
+                    escape(text) for text in (made["started"], made["host"], told) if text
                 )
                 rows.append(
                     f"<tr{anchor}><td>{escape(family.dataset)}: {escape(row.name)}, seed "

@@ -1,22 +1,22 @@
 """The report's figures, as PNG and PDF.
 
 Colours are Okabe and Ito's, which the colour-blind tell apart; every row also has a marker and a
-line style of its own, so that a print without colours can be read.
+line style of its own, so that a print without colours can be read. A row looks the same in all
+figures of a model and the data set that it was trained on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.checkpoint import write_atomically
-from utils.report.collect import Family, Row, Training
+from utils.report.collect import Family, Result, Row, Training
 from utils.report.measure import COVERAGE_GRID, ENTROPY_BINS
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
-MOST = len(COLOURS)  # rows in a figure
+MOST = 12  # rows in a figure
+Styled = tuple["Row", dict, str]  # a row, its colour and line style, its marker
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -36,6 +37,7 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # a name may hold a $
     "pdf.fonttype": 42,  # text that an editor can still read
 }
 
@@ -45,7 +47,7 @@ class Plot:
     """A figure on disk.
 
     Attributes:
-        caption: what to look for.
+        caption: of what it is, and what to look for.
         png: the file; the PDF stands beside it.
     """
 
@@ -54,11 +56,11 @@ class Plot:
     png: Path
 
 
-def draw_family(family: Family, source: Family | None, stem: str, folder: Path) -> list[Plot]:
+def draw_family(family: Family, places: dict[str, int], stem: str, folder: Path) -> list[Plot]:
     """All plots of one table.
 
     Args:
-        source: the unshifted family of a shifted one, if it was evaluated.
+        places: of the rows' names, which say how a row looks.
         stem: of the files' names.
     """
     drawn: list[tuple[str, Callable, str]] = [
@@ -68,39 +70,57 @@ def draw_family(family: Family, source: Family | None, stem: str, folder: Path) 
     ]
     if any(len(r.results[0].curves.draws) > 1 for r in family.rows):
         drawn.append(("draws", _draws, DRAWS))
-    if family.shifted and source is not None:
-        drawn.append(("entropy", partial(_entropy, source=source), ENTROPY))
     rows = shown_rows(family)
+    if any(with_source(row) for row in rows):
+        drawn.append(("entropy", _entropy, ENTROPY))
+    title = f"{family.title}: {family.num_examples} examples"
     left_out = (
-        f" Shown are the {MOST} rows with the lowest NLL of {len(family.rows)}."
+        f" Shown are {family.baseline} and those with the lowest NLL, {len(rows)} of "
+        f"{len(family.rows)} rows."
         if len(rows) < len(family.rows)
         else ""
     )
+    styled = [(row, *style(places[row.name])) for row in rows]
     return [
-        _save(name, text + left_out, lambda draw=draw: draw(family, rows), stem, folder)
+        _save(name, title, text + left_out, lambda draw=draw: draw(family, styled), stem, folder)
         for name, draw, text in drawn
     ]
 
 
-def draw_training(training: Training, stem: str, folder: Path) -> Plot | None:
+def draw_training(
+    training: Training, places: dict[str, int], stem: str, folder: Path
+) -> Plot | None:
     """Training curves, if there are any."""
-    having = {
-        name: runs
+    having = [
+        (runs, name, *style(places[name]))
         for name, runs in training.curves.items()
         if any(run["train"] or run["eval"] for run in runs)
-    }
+    ]
     if not having:
         return None
-    return _save("training", TRAINING, lambda: _training(having), stem, folder)
+    more = f" Shown are {MOST} of {len(having)} rows." if len(having) > MOST else ""
+    title = f"Training on {training.source}, {training.model}"
+    return _save("training", title, TRAINING + more, lambda: _training(having[:MOST]), stem, folder)
 
 
 def shown_rows(family: Family) -> list[Row]:
-    """At most `MOST` rows, those with the lowest NLL, in the table's order."""
-    by_nll = sorted(family.rows, key=lambda row: row.cells["nll"].value)[:MOST]
-    return [row for row in family.rows if row in by_nll]
+    """At most `MOST` rows, the baseline and those with the lowest NLL, in the table's order."""
+    kept = sorted(
+        family.rows, key=lambda row: (row.name != family.baseline, row.cells["nll"].value)
+    )[:MOST]
+    return [row for row in family.rows if row in kept]
 
 
-def _save(name: str, caption: str, draw: Callable[[], Figure], stem: str, folder: Path) -> Plot:
+def style(place: int) -> tuple[dict, str]:
+    """(colour and line style, marker) of a row; together other ones for each of 64 places."""
+    count = len(COLOURS)
+    other = (place + place // count) % count
+    return {"color": COLOURS[place % count], "linestyle": LINES[other]}, MARKERS[other]
+
+
+def _save(
+    name: str, title: str, caption: str, draw: Callable[[], Figure], stem: str, folder: Path
+) -> Plot:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,6 +129,7 @@ def _save(name: str, caption: str, draw: Callable[[], Figure], stem: str, folder
     png = folder / f"{stem}-{name}.png"
     with plt.rc_context(STYLE):
         figure = draw()
+        figure.suptitle(title, fontsize=9)
         figure.get_layout_engine().execute(figure)  # once, not for every file
         figure.set_layout_engine("none")
         for file in (png, png.with_suffix(".pdf")):
@@ -122,7 +143,7 @@ def _save(name: str, caption: str, draw: Callable[[], Figure], stem: str, folder
                 ),
             )
         plt.close(figure)
-    return Plot(name, caption, png)
+    return Plot(name, f"{title}. {caption}", png)
 
 
 def _axes(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tuple[Figure, list]:
@@ -142,12 +163,6 @@ def _axes(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tupl
     return figure, flat[:count]
 
 
-def _styles(rows: list) -> Iterator[tuple]:
-    for position, row in enumerate(rows):
-        style = {"color": COLOURS[position % MOST], "linestyle": LINES[position % MOST]}
-        yield row, style, MARKERS[position % MOST]
-
-
 def _mean_curve(row: Row, curve: Callable) -> np.ndarray:
     return np.mean([curve(result.curves) for result in row.results], axis=0)
 
@@ -162,9 +177,9 @@ RELIABILITY = (
 )
 
 
-def _reliability(family: Family, rows: list[Row]) -> Figure:
+def _reliability(family: Family, rows: list[Styled]) -> Figure:
     figure, axes = _axes(len(rows), sharex=True, sharey=True)
-    for (row, style, marker), ax in zip(_styles(rows), axes, strict=True):
+    for (row, style, marker), ax in zip(rows, axes, strict=True):
         counts, confidence, right = _mean_curve(row, lambda c: c.bins)
         filled = counts > 0
         n = np.maximum(counts, 1e-12)
@@ -217,9 +232,9 @@ RISK_COVERAGE = (
 )
 
 
-def _risk_coverage(family: Family, rows: list[Row]) -> Figure:
-    figure, (ax,) = _axes(1, 4.6, 3.2)
-    for row, style, _ in _styles(rows):
+def _risk_coverage(family: Family, rows: list[Styled]) -> Figure:
+    figure, (ax,) = _axes(1, 6.6, 3.2)
+    for row, style, _ in rows:
         label = f"{_short(row.name)} (AURC {row.cells['aurc'].value:.3f})"
         ax.plot(COVERAGE_GRID, _mean_curve(row, lambda c: c.risk), label=label, **style)
     ax.set(xlabel="coverage", ylabel="error rate", xlim=(0, 1), ylim=(0, None))
@@ -234,9 +249,9 @@ SCATTER = (
 )
 
 
-def _scatter(family: Family, rows: list[Row]) -> Figure:
+def _scatter(family: Family, rows: list[Styled]) -> Figure:
     figure, (ax,) = _axes(1, 5.8, 3.2)
-    for row, style, marker in _styles(rows):
+    for row, style, marker in rows:
         ece, acc = row.cells["ece"], row.cells["acc"]
         ax.errorbar(
             ece.value,
@@ -251,7 +266,7 @@ def _scatter(family: Family, rows: list[Row]) -> Figure:
             label=_short(row.name),
         )
     ax.set(xlabel="ECE", ylabel="accuracy")
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # intervals lie everywhere
+    _legend(ax)
     return figure
 
 
@@ -267,10 +282,10 @@ DRAWS = (
 )
 
 
-def _draws(family: Family, rows: list[Row]) -> Figure:
-    figure, axes = _axes(2, 3.6, 3.0)
+def _draws(family: Family, rows: list[Styled]) -> Figure:
+    figure, axes = _axes(2, 4.4, 3.0)
     for column, (ax, title) in enumerate(zip(axes, ("NLL", "ECE"), strict=True), start=1):
-        for row, style, marker in _styles(rows):
+        for row, style, marker in rows:
             shortest = min(len(result.curves.draws) for result in row.results)
             points = np.mean([r.curves.draws[:shortest] for r in row.results], axis=0)
             ax.plot(
@@ -282,7 +297,10 @@ def _draws(family: Family, rows: list[Row]) -> Figure:
                 **style,
             )
         ax.set(xlabel="draws", ylabel=title)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        if ax.get_xlim()[1] > 40:  # else the few draws of other rows lie on one another
+            ax.set_xscale("log")
+        else:
+            ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes[1])
     return figure
 
@@ -295,23 +313,31 @@ ENTROPY = (
 )
 
 
-def _entropy(family: Family, rows: list[Row], source: Family) -> Figure:
-    by_name = {row.name: row for row in source.rows}
-    rows = [row for row in rows if row.name in by_name]
+def _entropy(family: Family, rows: list[Styled]) -> Figure:
+    rows = [styled for styled in rows if with_source(styled[0])]
     figure, axes = _axes(len(rows), sharex=True, sharey=True)
-    edges = np.linspace(0, math.log(family.num_classes), ENTROPY_BINS + 1)
-    for (row, style, _), ax in zip(_styles(rows), axes, strict=True):
-        own = _mean_curve(by_name[row.name], lambda c: c.entropy)
-        shifted = _mean_curve(row, lambda c: c.entropy)
-        ax.stairs(own, edges, fill=True, color="0.8", label=_short(source.dataset))
+    for (row, style, _), ax in zip(rows, axes, strict=True):
+        results = with_source(row)
+        own = np.mean([result.source.entropy for result in results], axis=0)
+        shifted = np.mean([result.curves.entropy for result in results], axis=0)
+        source_edges, edges = (
+            np.linspace(0, math.log(max(num_classes, 2)), ENTROPY_BINS + 1)
+            for num_classes in (results[0].source.num_classes, family.num_classes)
+        )
+        ax.stairs(own, source_edges, fill=True, color="0.8", label=_short(family.source))
         ax.stairs(shifted, edges, color=style["color"], linewidth=1.4, label=_short(family.dataset))
         auroc = row.cells.get("ood_auroc_entropy")
         told = f"\nAUROC {auroc.value:.3f}" if auroc else ""
         ax.set_title(f"{_short(row.name)}{told}")
         ax.set(xlabel="entropy (nats)")
     axes[0].set_ylabel("share of examples")
-    _legend(axes[0])
+    axes[0].legend(frameon=False)
     return figure
+
+
+def with_source(row: Row) -> list[Result]:
+    """Of a shifted set: the results whose source examples were evaluated too."""
+    return [result for result in row.results if result.source is not None]
 
 
 TRAINING = (
@@ -321,9 +347,9 @@ TRAINING = (
 )
 
 
-def _training(having: dict[str, list[dict[str, list[tuple[int, float]]]]]) -> Figure:
-    figure, (ax,) = _axes(1, 5.2, 3.2)
-    for (name, runs), style, marker in _styles(list(having.items())[:MOST]):
+def _training(having: list[tuple[list[dict], str, dict, str]]) -> Figure:
+    figure, (ax,) = _axes(1, 6.6, 3.2)
+    for runs, name, style, marker in having:
         steps, nll = _mean_of(run["train"] for run in runs)
         if len(steps):
             width = max(1, len(nll) // 20)
@@ -353,4 +379,4 @@ def _short(name: str, most: int = 34) -> str:
 
 
 def _legend(ax: Axes) -> None:
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # curves lie everywhere

@@ -28,13 +28,15 @@ NOT_SETTINGS = frozenset(
         *("log_path", "checkpoint_name", "output_dir", "checkpoint", "save_per_steps", "device"),
         *("tracker", "nowand", "wandb_entity", "wandb_project", "wandb_name"),
         *("eval_per_steps", "eval_steps", "eval_batch_size", "bayes_eval_n_samples", "num_bins"),
-        *("ood_datasets", "ood_ori_dataset"),
+        *("ood_datasets", "ood_ori_dataset", "adapter_dataset"),
+        "temperature_scaling",  # what it changes beside a row of its own is --hold-out
         *NOT_REPEATED,
         *WITHOUT_EFFECT,
     }
 )
+BLOCK = 2_000_000  # numbers of draws at once: 16 MB in double precision
 NOT_RUNS = ("state", "wandb", "tensorboard")  # folders that hold no run
-SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?\d+")
+SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?(\d+)")
 
 
 class Unusable(Exception):
@@ -57,6 +59,7 @@ class Evaluation:
         file: its predictions.
         shifted: whether it is another data set than the posterior's own.
         temperature: fitted on held-out rows, if the run has --temperature-scaling.
+        omitted: why a temperature of metrics.json is not taken, if there is one.
         stored: the block of metrics.json.
         provenance: command, commit, host, started of the run that evaluated; "" where unknown.
     """
@@ -66,35 +69,58 @@ class Evaluation:
     provenance: dict[str, str]
     shifted: bool
     temperature: float | None
+    omitted: str
     stored: dict[str, Any]
+
+
+Seeds = tuple[int | str | None, ...]
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished run.
 
+    A run that only evaluates what an earlier one of the same method has trained says so of that
+    posterior: `dataset`, `seeds` and `posterior` are the earlier run's, and so are the settings,
+    apart from the flags that were given.
+
     Attributes:
-        seeds: (--seed, --seed-data, --seed-sampling), what tells repetitions apart.
+        method, model: in full, as in the command.
+        dataset: what the posterior was trained on.
+        seeds: (--seed, --seed-data, --seed-sampling).
+        adapter_seeds: those of the run that trained the loaded adapter, if there is one.
         settings: flags that say what was computed, without those of `NOT_SETTINGS`.
-        adapter: --load-lora-path.
+        posterior: tells posteriors apart.
     """
 
     folder: Path
     method: str
     model: str
     dataset: str
-    seeds: tuple[Any, ...]
+    seeds: Seeds
+    adapter_seeds: Seeds | None
     settings: dict[str, Any]
-    adapter: Path | None
+    posterior: str
     started: str
     updates: int | None
-    training_seconds: float | None
     evaluations: list[Evaluation] = field(default_factory=list)
 
     @property
+    def training_seeds(self) -> Seeds:
+        """The seeds of the training, here or of the adapter: what rows have in common."""
+        return self.adapter_seeds or self.seeds
+
+    @property
     def seed_name(self) -> str:
-        """The seed, and the other two where they differ from it."""
-        return "/".join(map(str, self.seeds if len(set(self.seeds)) > 1 else self.seeds[:1]))
+        """The seeds in short, and the adapter's where they differ."""
+        name = seed_text(self.seeds)
+        on = seed_text(self.training_seeds)
+        return name if on == name else f"{name} (adapter {on})"
+
+
+def seed_text(seeds: Seeds) -> str:
+    """The seed, and the other two where they differ from it."""
+    return "/".join(map(str, seeds if len(set(seeds)) > 1 else seeds[:1]))
 
 
 @dataclass(frozen=True)
@@ -102,7 +128,7 @@ class Predictions:
     """Draws in the order of their index.
 
     Attributes:
-        draws: log-probabilities, (n, N, C), float64.
+        draws: log-probabilities, (n, N, C), as they are stored.
         labels: (n,)
         index: (n,) rows in their split.
         split: of the data set.
@@ -118,8 +144,6 @@ class Predictions:
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
     """The finished runs at or below `paths`, and what was left out.
-
-    Of several runs with the same method, settings and seeds the newest counts.
 
     Raises:
         UsageError: a path does not exist.
@@ -140,40 +164,19 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
                 runs.append(read_run(folder))
             except Unusable as error:
                 skipped.append(Skipped(folder, str(error)))
-    return _join_shifted(_newest(runs, skipped)), skipped
+    return sorted(runs, key=lambda run: str(run.folder)), skipped
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
-    for folder, children, files in os.walk(root):
+    walked: set[str] = set()
+    for folder, children, files in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in walked:  # a link to a folder above itself has no end
+            children.clear()
+            continue
+        walked.add(os.path.realpath(folder))
         children[:] = sorted(c for c in children if c not in NOT_RUNS and not c.startswith("."))
         if "metrics.json" in files or "args.json" in files:
             yield Path(folder)
-
-
-def _newest(runs: list[Run], skipped: list[Skipped]) -> list[Run]:
-    kept: dict[Any, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.started, str(run.folder))):
-        key = (run.method, run.model, run.dataset, run.seeds, settings_key(run.settings))
-        if key in kept:
-            reason = f"the same method, settings and seed as {run.folder}, which is newer"
-            skipped.append(Skipped(kept[key].folder, reason))
-        kept[key] = run
-    return sorted(kept.values(), key=lambda run: str(run.folder))
-
-
-def _join_shifted(runs: list[Run]) -> list[Run]:
-    """A run that only evaluated an earlier one's posterior on another data set joins that run."""
-    by_folder = {run.folder.resolve(): run for run in runs}
-    kept = []
-    for run in runs:
-        source = by_folder.get(run.adapter.resolve()) if run.adapter else None
-        if source is None or source.method != run.method or run.dataset == source.dataset:
-            kept.append(run)
-            continue
-        known = {evaluation.dataset for evaluation in source.evaluations}
-        own = [e for e in run.evaluations if e.dataset == run.dataset and e.dataset not in known]
-        source.evaluations.extend(replace(e, shifted=True) for e in own)
-    return kept
 
 
 def settings_key(settings: dict[str, Any]) -> str:
@@ -187,13 +190,22 @@ def read_run(folder: Path) -> Run:
     Raises:
         Unusable: it is not finished, or a file is damaged.
     """
+    try:
+        return _read_run(folder)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, OSError) as error:
+        # Whatever else a file may hold: one run must not cost the report of all others.
+        raise Unusable(f"cannot be understood ({type(error).__name__}: {error})") from None
+
+
+def _read_run(folder: Path) -> Run:
     if not (folder / "metrics.json").is_file():
-        states = sorted((folder / "state").glob("step-*"))
-        at = f" (interrupted after update {int(states[-1].name[5:])})" if states else ""
+        steps = [re.fullmatch(r"step-(\d+)", s.name) for s in (folder / "state").glob("step-*")]
+        last = max((int(step[1]) for step in steps if step), default=None)
+        at = "" if last is None else f" (interrupted after update {last})"
         raise Unusable(f"not finished: there is no metrics.json{at}")
     metrics = _read_object(folder / "metrics.json")
     stored = _read_object(folder / "args.json") if (folder / "args.json").is_file() else {}
-    args, made = (_object(stored.get(key)) for key in ("args", "run"))
+    args, given, made = (_object(stored.get(key)) for key in ("args", "given", "run"))
     method = metrics.get("modelwrapper") or args.get("modelwrapper")
     model = metrics.get("model") or args.get("model")
     blocks = metrics.get("datasets")
@@ -201,45 +213,113 @@ def read_run(folder: Path) -> Run:
         raise Unusable("metrics.json names no modelwrapper or no model")
     if not isinstance(blocks, dict) or not blocks:
         raise Unusable("metrics.json has no 'datasets'")
-    dataset = str(args.get("dataset") or next(iter(blocks))).rpartition(":")[2]
+    dataset = _data_set(args) or next(iter(blocks))
     if dataset not in blocks:
         raise Unusable(f"metrics.json has no block for the run's data set {dataset}")
-    seed = metrics.get("seed", args.get("seed"))
-    settings = {
-        key: SEED_IN_NAME.sub("", value) if isinstance(value, str) else value
-        for key, value in args.items()
-        if key not in NOT_SETTINGS and value not in (None, False, "", [])
-    }
-    if not args:  # nothing but its name tells it from other runs
+    args = {"seed": metrics.get("seed"), **args}
+    for name in ("seed", "seed_data", "seed_sampling"):
+        if not isinstance(args.get(name), int | str | None):
+            raise Unusable(f"{name.replace('_', '-')} is {args[name]}, not a number")
+    posterior = _posterior_of(args, folder)
+    settings = posterior.settings
+    if not stored:  # nothing but its name tells it from other runs
         settings = {"folder": SEED_IN_NAME.sub("", folder.name)}
+    own = _settings(args)
+    # what an evaluation of an earlier run's posterior has set otherwise
+    changed = {*given, "bayes_eval_n_samples_final"} & own.keys() - {"load_lora_path"}
     command = made.get("command")
     provenance = {
         "command": " ".join(map(str, command)) if isinstance(command, list) else "",
         **{key: str(made.get(key) or "") for key in ("commit", "host", "started")},
     }
-    adapter = args.get("load_lora_path")
     run = Run(
         folder=folder,
-        method=method.rpartition(":")[2],
-        model=Path(model).name if os.path.isabs(model) else model,
-        dataset=dataset,
-        seeds=(seed, args.get("seed_data", seed), args.get("seed_sampling", seed)),
-        settings=settings,
-        adapter=Path(adapter) if isinstance(adapter, str) else None,
+        method=method,
+        model=model,
+        dataset=posterior.dataset or dataset,
+        seeds=posterior.seeds,
+        adapter_seeds=posterior.adapter_seeds,
+        settings=settings | {key: own[key] for key in changed},
+        posterior=f"{method} {posterior.seeds} {posterior.adapter_seeds} {settings_key(settings)}",
         started=provenance["started"],
         updates=metrics.get("updates") if isinstance(metrics.get("updates"), int) else None,
-        training_seconds=_number(metrics.get("training_seconds")),
     )
     for name, block in blocks.items():
-        shifted = name != dataset
-        stem = f"predictions-{name}" if shifted else "predictions"
+        stem = "predictions" if name == dataset else f"predictions-{name}"
         block = _object(block)
         temperature = _number(_object(block.get("temperature_scaled")).get("temperature"))
-        if temperature is not None and temperature <= 0:
+        omitted = ""
+        if temperature is not None and run.dataset != dataset:
+            omitted = f"the temperature of {name} was fitted on {dataset}, not on {run.dataset}"
+        if omitted or (temperature is not None and temperature <= 0):
             temperature = None
         file = folder / f"{stem}.safetensors"
-        run.evaluations.append(Evaluation(name, file, provenance, shifted, temperature, block))
+        shifted = name != run.dataset
+        run.evaluations.append(
+            Evaluation(name, file, provenance, shifted, temperature, omitted, block)
+        )
     return run
+
+
+@dataclass(frozen=True)
+class _Posterior:
+    """What tells one posterior from others, beside method and model; see `Run`."""
+
+    dataset: str
+    seeds: Seeds
+    adapter_seeds: Seeds | None
+    settings: dict[str, Any]
+
+
+def _posterior_of(args: dict[str, Any], folder: Path, depth: int = 0) -> _Posterior:
+    """The posterior that a run with these flags has evaluated.
+
+    Without training of its own it is that of the adapter's run, if the method is the same. Paths
+    are tried from the run's folder upwards and then from here.
+    """
+    seed = args.get("seed")
+    seeds = (seed, args.get("seed_data", seed), args.get("seed_sampling", seed))
+    own = _Posterior(_data_set(args), seeds, None, _settings(args))
+    path = args.get("load_lora_path")
+    if not isinstance(path, str):
+        return own
+    adapter, adapter_args = _adapter(path, folder)
+    if adapter_args and depth < 9:  # a run cannot be its own adapter, but a file can say so
+        loaded = _posterior_of(adapter_args, adapter, depth + 1)
+    else:
+        named = SEED_IN_NAME.findall(path)
+        loaded = _Posterior("", (int(named[-1]),) * 3 if named else (), None, {})
+    if args.get("max_train_steps") or args.get("n_epochs"):
+        return replace(own, adapter_seeds=(loaded.adapter_seeds or loaded.seeds) or None)
+    source = _data_set(args, "ood_ori_dataset") or _data_set(args, "adapter_dataset")
+    dataset = source or loaded.dataset or own.dataset
+    if adapter_args.get("modelwrapper") == args.get("modelwrapper"):
+        return replace(loaded, dataset=dataset)
+    return replace(
+        own, dataset=dataset, adapter_seeds=(loaded.adapter_seeds or loaded.seeds) or None
+    )
+
+
+def _adapter(path: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a loaded adapter, and its run's flags; none if they are not there any more."""
+    for base in (*folder.absolute().parents, Path()):
+        try:
+            return base / path, _object(_read_object(base / path / "args.json").get("args"))
+        except Unusable:
+            continue
+    return Path(path), {}
+
+
+def _data_set(args: dict[str, Any], flag: str = "dataset") -> str:
+    return str(args.get(flag) or "").rpartition(":")[2]
+
+
+def _settings(args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: SEED_IN_NAME.sub("", value) if isinstance(value, str) else value
+        for key, value in args.items()
+        if key not in NOT_SETTINGS
+    }
 
 
 def read_predictions(evaluation: Evaluation) -> Predictions:
@@ -271,23 +351,30 @@ def read_predictions(evaluation: Evaluation) -> Predictions:
         raise Unusable(f"{file.name} has shapes {shapes}, not (n, N, C), (n,), (n,)")
     if draws.dtype.kind != "f" or labels.dtype.kind not in "iu" or index.dtype.kind not in "iu":
         raise Unusable(f"{file.name} holds {draws.dtype}, {labels.dtype}, {index.dtype}")
-    if not np.isfinite(draws).all():
-        broken = int((~np.isfinite(draws)).any((1, 2)).sum())
-        raise Unusable(f"{file.name} has predictions of {broken} row(s) that are not numbers")
+    broken = sum(int((~np.isfinite(block)).any((1, 2)).sum()) for block in row_blocks(draws))
+    if broken:
+        raise Unusable(f"{file.name} has predictions of {broken} row(s) that are not finite")
     if labels.min() < 0 or labels.max() >= draws.shape[2]:
         raise Unusable(f"{file.name} has labels outside of its {draws.shape[2]} classes")
     if len(np.unique(index)) != len(index):
         raise Unusable(f"{file.name} holds a row of the data set twice")
-    order = np.argsort(index)
-    draws = draws[order].astype(float)
-    labels, index = labels[order].astype(np.int64), index[order].astype(np.int64)
-    mass = np.logaddexp.reduce(draws, axis=-1)
-    if np.abs(mass).max() > 1e-3:
+    if (np.diff(index) < 0).any():
+        order = np.argsort(index)
+        draws, labels, index = draws[order], labels[order], index[order]
+    labels, index = labels.astype(np.int64), index.astype(np.int64)
+    mass = (np.logaddexp.reduce(block.astype(float), axis=-1) for block in row_blocks(draws))
+    if any(np.abs(block).max() > 1e-3 for block in mass):
         raise Unusable(f"{file.name} holds probabilities that do not add up to 1")
     split = str(metadata.get("split") or evaluation.stored.get("split") or "?")
     examples = np.concatenate([[draws.shape[2]], index, labels]).tobytes()
     fingerprint = zlib.crc32(f"{evaluation.dataset} {split} ".encode() + examples)
     return Predictions(draws, labels, index, split, fingerprint)
+
+
+def row_blocks(draws: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of (n, N, C) draws in blocks of bounded size."""
+    rows = max(1, BLOCK // draws[0].size)
+    return (draws[start : start + rows] for start in range(0, len(draws), rows))
 
 
 def read_history(run: Run) -> dict[str, list[tuple[int, float]]]:
@@ -326,4 +413,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    try:
+        return float(value) if is_number and math.isfinite(value) else None
+    except OverflowError:  # an integer without end
+        return None

@@ -1,34 +1,40 @@
-r"""Is a difference real? Bootstrap over examples and seeds.
+r"""Is a difference real? Bootstrap over examples, spread over seeds.
 
-**Resamples.** A resample draws n of the n examples with replacement (Efron 1979). All rows of a
+**Examples.** A resample draws n of the n examples with replacement (Efron 1979). All rows of a
 table, that is all methods and seeds on the same examples, see the same resamples, so that
-differences are paired: what makes an example hard for all cancels. Where a row has several seeds,
-they are the outer level: each resample also draws S of the S seeds with replacement, the same seeds
-for both sides of a difference (the seeds that both sides have; without a common one each side
-draws its own). A row's value is the mean over its seeds of the metric on all examples.
+differences are paired: what makes an example hard for all cancels. The deviations of an estimate
+are $q_{2.5, 97.5}(\theta^* - \bar{\theta^*})$, quantiles of the resampled values (means over the
+seeds) around their mean. Centring matters for binned calibration errors: a resample repeats
+examples and is therefore noisier than the sample, so $\theta^*$ lies above $\hat\theta$.
 
-**Intervals** (95 %) are $\hat\theta + q_{2.5, 97.5}(\theta^* - \bar{\theta^*})$: quantiles of the
-resampled values around their mean, put around the estimate, and cut to the metric's range. Centring
-matters for binned calibration errors: a resample repeats examples and is therefore noisier than the
-sample, so $\theta^*$ lies above $\hat\theta$ and the plain percentile interval need not
-contain the estimate. The estimate's own bias is not corrected: on few examples a perfectly
-calibrated model has a binned ECE well above 0, and its interval lies around that (docs/log.md).
+**Seeds.** With S >= 2 seeds, the noise of the seeds is $t_{0.975, S-1} \, s / \sqrt S$, with s the
+standard deviation over seeds of the value, or of the difference on the seeds that both sides have
+(without a common one, of each side). It is added in quadrature to the deviations of the examples,
+so each source of noise keeps its own quantile. Resampling two or three seeds instead would
+understate how much they vary: without any true difference it finds one in 51, 29 and 19 % of the
+cases with 2, 3 and 5 seeds (nominal: 5 %); this rule in about 5 % or fewer (tests/test_report.py).
 
-**What they do not say.** With one seed an interval holds the noise of the test examples only; with
-two or three, resampling seeds understates how much seeds vary. Nothing is corrected for the number
-of comparisons.
+**Calibration errors** are biased upwards by the noise of their bins: between 0 (errors far above
+the noise) and the row's noise floor (calibrated; `utils.uncertainty.noise_floors`), which is lower
+for a model that is more confident. So the interval of a difference is the hull of two: around the
+difference as it is, and around the one with the floors taken off. It excludes 0 only if both do.
+
+**What intervals do not say.** With one seed they hold the noise of the test examples only. The
+interval of a single calibration error lies around the value with its bias. Nothing is corrected for
+the number of comparisons.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t
 
 from utils.seeding import mix_seed
 
-LEVEL = 0.95
+TAIL = 0.025  # on each side of an interval
 CHUNK = 8_000_000  # weights at once: 64 MB
 
 
@@ -53,59 +59,92 @@ def resample(sizes: dict[int, int], resamples: int, seed: int) -> Iterator[list[
         ]
 
 
-def seed_weights(seeds: tuple, resamples: int, seed: int) -> np.ndarray:
-    """The share of each of S seeds in each resample, (R, S); equal seeds get equal resamples."""
-    stream = zlib.crc32(repr(seeds).encode())
-    rng = np.random.default_rng(mix_seed("bootstrap seeds", seed, stream))
-    drawn = rng.integers(0, len(seeds), (resamples, len(seeds)))
-    return (drawn[..., None] == np.arange(len(seeds))).mean(1)
+def deviations(replicates: np.ndarray) -> np.ndarray:
+    """(low, high) of resampled values around their mean; NaN if fewer than half are defined."""
+    defined = replicates[np.isfinite(replicates)]
+    if not len(defined) or 2 * len(defined) < len(replicates):
+        return np.full(2, np.nan)
+    return np.quantile(defined - defined.mean(), [TAIL, 1 - TAIL])
+
+
+def seed_deviation(values: list[float]) -> float:
+    """Half of the t interval of a mean over seeds; 0 for one seed, of which nothing is known."""
+    if len(values) < 2:
+        return 0.0
+    return float(t.ppf(1 - TAIL, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def interval(
-    value: float, replicates: np.ndarray, lowest: float = -np.inf, highest: float = np.inf
+    value: float,
+    replicates: np.ndarray,
+    of_seeds: float = 0.0,
+    lowest: float = -np.inf,
+    highest: float = np.inf,
 ) -> tuple[float, float]:
-    """The centred 95 % interval; NaN where fewer than half of the resamples are defined."""
-    defined = replicates[np.isfinite(replicates)]
-    if not len(defined) or 2 * len(defined) < len(replicates) or not np.isfinite(value):
-        return np.nan, np.nan
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(defined - defined.mean(), [tail, 1 - tail])
-    return float(np.clip(value + low, lowest, highest)), float(
-        np.clip(value + high, lowest, highest)
-    )
+    """The 95 % interval around a value: deviations over examples and seeds, in quadrature."""
+    low, high = np.hypot(deviations(replicates), of_seeds) * [-1, 1] + value
+    return float(np.clip(low, lowest, highest)), float(np.clip(high, lowest, highest))
 
 
 def mean_over_seeds(
-    values: dict, replicates: dict, seeds: tuple, resamples: int, seed: int
-) -> tuple[float, np.ndarray]:
-    """A row's value and its (R,) resampled values.
+    values: dict, replicates: dict, highest: float = np.inf
+) -> tuple[float, float, float]:
+    """A row's value, the mean over its seeds, and its interval.
 
     Args:
         values: seed -> value.
         replicates: seed -> (R,) values on resampled examples.
-        seeds: the seeds to take.
+        highest: the largest value there is; the lowest is 0.
     """
-    stacked = np.stack([replicates[s] for s in seeds], axis=1)  # (R, S)
-    weights = seed_weights(seeds, resamples, seed)
-    with np.errstate(invalid="ignore"):
-        resampled = np.where(weights > 0, weights * stacked, 0.0).sum(1)
-    return float(np.mean([values[s] for s in seeds])), resampled
+    value = float(np.mean(list(values.values())))
+    resampled = np.mean(list(replicates.values()), axis=0)
+    of_seeds = seed_deviation(list(values.values()))
+    return value, *interval(value, resampled, of_seeds, 0.0, highest)
+
+
+class Difference(NamedTuple):
+    """first - second with its interval.
+
+    Attributes:
+        num_common: seeds that both sides have, of which alone it is then taken; 0: of each side's
+            own.
+    """
+
+    value: float
+    low: float
+    high: float
+    num_common: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
 
 
 def paired_difference(
-    values: tuple[dict, dict], replicates: tuple[dict, dict], resamples: int, seed: int
-) -> tuple[float, float, float]:
-    """(first - second, low, high) on the same examples and, where there are any, the same seeds."""
-    first, second = (tuple(sorted(v, key=repr)) for v in values)
-    common = tuple(s for s in first if s in second)
-    sides = [
-        mean_over_seeds(values[i], replicates[i], common or own, resamples, seed)
-        for i, own in enumerate((first, second))
-    ]
-    difference = sides[0][0] - sides[1][0]
-    return difference, *interval(difference, sides[0][1] - sides[1][1])
+    values: tuple[dict, dict], replicates: tuple[dict, dict], floors: tuple[dict, dict]
+) -> Difference:
+    """first - second on the same examples and, where there are any, the same seeds.
 
+    Args:
+        values, replicates: of both sides, as in `mean_over_seeds`.
+        floors: seed -> what a calibrated model would have (`utils.uncertainty.noise_floors`); 0 for
+            metrics that have no such bias.
+    """
+    common = [seed for seed in values[0] if seed in values[1]]
+    seeds = [common or list(side) for side in values]
 
-def is_significant(low: float, high: float) -> bool:
-    """Whether the interval of a difference excludes 0."""
-    return low > 0 or high < 0
+    def mean(sides: tuple[dict, dict]) -> np.ndarray:
+        own, other = (
+            np.mean([side[seed] for seed in chosen], axis=0)
+            for side, chosen in zip(sides, seeds, strict=True)
+        )
+        return own - other
+
+    if common:
+        of_seeds = seed_deviation([values[0][seed] - values[1][seed] for seed in common])
+    else:
+        of_seeds = np.hypot(*(seed_deviation(list(side.values())) for side in values))
+    difference, floor = float(mean(values)), float(mean(floors))
+    low, high = interval(difference, mean(replicates), of_seeds)
+    return Difference(difference, low - max(floor, 0), high - min(floor, 0), len(common))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 
 from utils.report.collect import Cell, Family, Report, Row
 from utils.report.measure import METRICS, TABLES, Metric
@@ -14,9 +15,10 @@ DIFFERENCES = ("acc", "ece", "ece_smooth", "nll", "brier", "aurc")
 UNDEFINED = "–"
 ARROWS = {"low": "↓", "high": "↑", "": ""}
 
-BRACKETS = "In brackets: 95 % bootstrap interval. "
+BRACKETS = "In brackets: 95 % interval over examples and seeds. "
 RULE = (
-    "Bold: better than every other row, the paired 95 % interval of each difference excludes 0. "
+    "Bold: better than every other row, the paired 95 % interval of each difference excludes 0; "
+    "for calibration errors with and without what a calibrated model would have too. "
     "†: where no row is, the best one and those not told apart from it. "
     f"{BRACKETS}"
 )
@@ -24,6 +26,9 @@ LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     "\N{NO-BREAK SPACE}": "~",
     "^": r"\textasciicircum{}",
     "†": r"$^\dagger$",
@@ -69,18 +74,31 @@ def caption(family: Family, report: Report, name: str) -> str:
     """What every table says of itself."""
     return (
         f"{name}: {family.title}. {family.num_examples} examples, {family.num_classes} classes, "
-        f"{report.options.num_bins} bins, {report.options.resamples} resamples of examples and "
-        f"seeds. {RULE if report.options.resamples else ''}"
+        f"{report.options.num_bins} bins, {report.options.resamples} resamples. "
+        f"{RULE if report.options.resamples else ''}"
     )
 
 
 def difference_caption(family: Family, report: Report) -> str:
     """What the table of differences says of itself."""
     return (
-        f"Difference from {family.baseline}: {family.title}. Paired bootstrap on the same "
-        f"{family.num_examples} examples and the same seeds, {report.options.resamples} resamples. "
-        "Bold: the 95 % interval excludes 0."
+        f"Difference from {family.baseline}: {family.title}. Paired on the same "
+        f"{family.num_examples} examples and the seeds in common: {_in_common(family)}. "
+        f"{report.options.resamples} resamples. Bold: the 95 % interval excludes 0."
     )
+
+
+def _in_common(family: Family) -> str:
+    """How many seeds of each row the baseline has too."""
+    common = {
+        row.name: row.cells["nll"].difference.num_common
+        for row in family.rows
+        if row.name != family.baseline
+    }
+    if len(set(common.values())) == 1:
+        (number_of,) = set(common.values())
+        return str(number_of or "none, so each side has its own")
+    return ", ".join(f"{name} {number_of or 'none'}" for name, number_of in common.items())
 
 
 def verdicts(family: Family) -> list[str]:
@@ -125,7 +143,7 @@ def terminal(report: Report) -> str:
         blocks.append(f"{family.title}: {family.num_examples} examples\n{_aligned(lines)}")
     if report.options.resamples:
         blocks.append(
-            "[95 % bootstrap interval]  *: better than every other row, significantly  "
+            "[95 % interval]  *: better than every other row, significantly  "
             "†: best, or not told apart from it"
         )
     return "\n\n".join(blocks)
@@ -188,10 +206,10 @@ def _plain_difference(row: Row, key: str, bold: str) -> str:
     cell = row.cells.get(key)
     if cell is None or cell.difference is None:
         return UNDEFINED
-    value, low, high = cell.difference
-    text = signed(value)
-    text = bold.format(text) if low > 0 or high < 0 else text
-    return f"{text} {bracket(low, high)}".strip()
+    found = cell.difference
+    text = signed(found.value)
+    text = bold.format(text) if found.significant else text
+    return f"{text} {bracket(found.low, found.high)}".strip()
 
 
 # --- LaTeX ----------------------------------------------------------------------------------------
@@ -261,7 +279,7 @@ def _tex_cell(cell: Cell | None) -> str:
 
 
 def _tex_math(text: str) -> str:
-    return text.replace("–", "--").replace("-0", "$-$0").replace("+0", "$+$0")
+    return re.sub(r"([+-])(?=\d)", r"$\1$", text.replace("–", "--"))
 
 
 def _one_line(text: str) -> str:
@@ -272,7 +290,8 @@ def _one_line(text: str) -> str:
 
 CSV_COLUMNS = (
     *("model", "trained_on", "dataset", "split", "method", "metric", "value", "low", "high"),
-    *("std_over_seeds", "mark", "baseline", "difference", "difference_low", "difference_high"),
+    *("std_over_seeds", "if_calibrated", "mark", "baseline"),
+    *("difference", "difference_low", "difference_high", "n_common_seeds"),
     *("n_examples", "n_draws", "n_seeds", "seeds", "num_bins", "resamples", "commits", "runs"),
 )
 
@@ -287,8 +306,8 @@ def comma_separated(report: Report) -> str:
             commits = {r.evaluation.provenance["commit"] for r in row.results}
             runs = [str(r.run.folder) for r in row.results]
             for key, cell in row.cells.items():
-                numbers = (cell.value, cell.low, cell.high, cell.spread)
-                difference = cell.difference or (math.nan,) * 3
+                numbers = (cell.value, cell.low, cell.high, cell.spread, cell.floor or math.nan)
+                difference = cell.difference or (math.nan,) * 4
                 writer.writerow(
                     [
                         *(family.model, family.source, family.dataset, family.split, row.name, key),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 from utils.checkpoint import write_atomically
@@ -37,18 +38,20 @@ def write(report: Report, folder: Path, made: dict[str, str]) -> Path:
     Returns:
         the page's path.
     """
-    sources = {
-        (family.model, family.source): family for family in report.families if not family.shifted
-    }
+    places: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for family in report.families:
+        known = places[family.model, family.source]
+        for row in family.rows:
+            known.setdefault(row.name, len(known))
     plots, training = {}, {}
     stems: set[str] = set()
     training_stems: set[str] = set()
     for position, family in enumerate(report.families):
         stem = _stem(stems, family.model, family.source if family.shifted else "", family.dataset)
-        source = sources.get((family.model, family.source))
-        plots[position] = draw_family(family, source, stem, folder)
+        plots[position] = draw_family(family, places[family.model, family.source], stem, folder)
     for position, curves in enumerate(report.training):
-        plot = draw_training(curves, _stem(training_stems, curves.model, curves.source), folder)
+        stem = _stem(training_stems, curves.model, curves.source)
+        plot = draw_training(curves, places[curves.model, curves.source], stem, folder)
         if plot is not None:
             training[position] = plot
     texts = {
