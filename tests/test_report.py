@@ -409,7 +409,8 @@ def test_a_flag_that_older_runs_do_not_know_splits_no_row(tmp_path):
 
 def test_shifted_examples_without_source_examples_have_no_plot_of_both(tmp_path):
     (make_run(tmp_path, "blob", shifted=True) / "predictions.safetensors").write_bytes(b"")
-    make_run(tmp_path, "map")
+    for name in ("a", "b"):  # names that are no mathematics
+        make_run(tmp_path, "map", name=name, note=rf"$\{name}$")
     assert script().run([str(tmp_path), "--bootstrap", "0"]) == 0
     names = {file.name for file in (tmp_path / "report").iterdir()}
     assert "m-bbc-headlines-bodies-scatter.png" in names
