@@ -79,7 +79,9 @@ def runs(tiny_llama, tiny_bert, tied_llama, data_dir, tmp_path_factory):
         flags["again", *case] = [[*base, "--log-path", f"{case}-again-{n}"] for n in (1, 2)]
     two_ranks = [{"flags": two, "fsdp": False} for _, two in flags.values()]
     for kind, method in FSDP_CASES:  # both on two ranks
-        extra = "--eval-batch-size 30 " + (FSDP[kind] if method in METHODS else "")
+        extra = "--eval-batch-size 30 "
+        if method in METHODS:
+            extra += f"{FSDP[kind]} --n-epochs 1"
         pair = [
             flags_of(kind, method, 2, root, models, data_dir, f"{kind}-fsdp-{fsdp}") + extra.split()
             for fsdp in (False, True)

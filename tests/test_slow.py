@@ -72,11 +72,13 @@ def test_a_llama_sweep_runs(sweep):
     assert results["blob-bbc_headlines-seed1"]["bbc_headlines"]["n_draws"] == 2
 
 
-def test_a_roberta_sweep_runs_and_tfb_on_it(sweep):
+def test_a_roberta_sweep_runs_and_post_hoc_methods_on_it(sweep):
     results = sweep("mle/mle-roberta-all.sh", "minilm-l6", "bbc_headlines", "--batch-size 4")
     assert results["mle-bbc_headlines-seed1"]["bbc_headlines"]["n_examples"] == 6
     results = sweep("tfb/tfb-roberta-all.sh", "minilm-l6", "bbc_headlines", "--iter 2 --th 1")
     assert results["tfb-mle-bbc_headlines-seed1"]["bbc_headlines"]["n_draws"] == 10
+    results = sweep("laplace/laplace-roberta-all.sh", "minilm-l6", "bbc_headlines", "", BASE="mle")
+    assert results["laplace-mle-bbc_headlines-seed1"]["bbc_headlines"]["n_draws"] == 500
 
 
 def test_a_shifted_sweep_runs_and_tfb_on_it(sweep):

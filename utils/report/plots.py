@@ -299,6 +299,9 @@ def _draws(family: Family, rows: list[Styled]) -> Figure:
         ax.set(xlabel="draws", ylabel=title)
         if ax.get_xlim()[1] > 40:  # else the few draws of other rows lie on one another
             ax.set_xscale("log")
+            # matplotlib would write powers of ten as formulas, which are switched off here
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.xaxis.set_minor_formatter(lambda value, _: "")
         else:
             ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes[1])
