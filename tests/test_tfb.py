@@ -28,20 +28,29 @@ def layers(wrapper):
     return [m for m in wrapper.modules() if isinstance(m, LoraLayer) and hasattr(m, RHO)]
 
 
-def test_the_product_is_kept_and_the_columns_of_b_are_orthogonal(causal_flags):
-    flags = trained(causal_flags)
-    _, _, plain = build(
-        [*flags[: flags.index("--modelwrapper")], "--modelwrapper", "mle", *flags[-2:]]
-    )
-    _, _, wrapper = build(flags)
-    plain_layers = [m for m in plain.modules() if isinstance(m, LoraLayer)]
-    for layer, reference in zip(layers(wrapper), plain_layers, strict=True):
+def plain_lora(flags):
+    """The same adapter without TFB."""
+    base = flags[: flags.index("--modelwrapper")]
+    return build([*base, "--modelwrapper", "mle", *flags[-2:]])[2]
+
+
+def assert_same_products(ours, reference):
+    for layer, other in zip(ours, reference, strict=True):
         torch.testing.assert_close(
             layer.get_delta_weight("default"),
-            reference.get_delta_weight("default"),
+            other.get_delta_weight("default"),
             rtol=1e-4,
             atol=1e-6,
         )
+
+
+def test_the_product_is_kept_and_the_columns_of_b_are_orthogonal(causal_flags):
+    flags = trained(causal_flags)
+    plain = plain_lora(flags)
+    _, _, wrapper = build(flags)
+    plain_layers = [m for m in plain.modules() if isinstance(m, LoraLayer)]
+    assert_same_products(layers(wrapper), plain_layers)
+    for layer in layers(wrapper):
         b = layer.lora_B["default"].weight
         gram = b.T @ b
         off_diagonal = gram - gram.diag().diag()
@@ -151,19 +160,11 @@ def test_an_adapter_with_zero_b_is_an_error(causal_flags):
 def test_a_head_with_fewer_classes_than_ranks(classifier_flags):
     """B of the head is (5, 8): five directions, the other three rows of A are empty."""
     flags = trained(classifier_flags, "--apply-classhead-lora")
-    _, _, plain = build(
-        [*flags[: flags.index("--modelwrapper")], "--modelwrapper", "mle", *flags[-2:]]
-    )
+    plain = plain_lora(flags)
     _, dataset, wrapper = build([*flags, "--th", "0.5"])
     reference = [m for m in plain.modules() if isinstance(m, LoraLayer)]
     assert min(layer.out_features for layer in layers(wrapper)) == 5
-    for layer, other in zip(layers(wrapper), reference, strict=True):
-        torch.testing.assert_close(
-            layer.get_delta_weight("default"),
-            other.get_delta_weight("default"),
-            rtol=1e-4,
-            atol=1e-6,
-        )
+    assert_same_products(layers(wrapper), reference)
     wrapper.fit_evaluate()
     assert wrapper.predict(dataset.test_dataloader).log_probs.std(1).max() > 0
 
