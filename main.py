@@ -27,11 +27,12 @@ from dataset import build_dataset
 from modelwrappers import build_wrapper, get_wrapper
 from modelwrappers.sharding import check_sharding, shards_base
 from utils.args import Args, build_parser, finish, first_pass
-from utils.checkpoint import RunFolder, run_folder_path, write_json
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError
+from utils.files import write_json
 from utils.logging import init_tracker, logger, name_process, setup_logging
 from utils.metrics import Metrics
+from utils.run_folder import RunFolder, run_folder_path
 
 LIBRARIES = (
     "torch",

@@ -18,7 +18,7 @@ import common  # noqa: F401  (the repository's path)
 import torch
 from sklearn.metrics import roc_auc_score
 
-from utils.checkpoint import write_json, write_tensors
+from utils.files import write_json, write_tensors
 from utils.metrics import posterior_predictive, score
 from utils.report.collect import Options, collect
 from utils.report.runs import find_runs, read_predictions

@@ -24,9 +24,9 @@ from modelwrappers.sharding import check_sharding, shards_base
 from modelwrappers.tfb import TFB
 from modelwrappers.wrapperbase import BASE_MODEL_FLAGS, WrapperBase
 from utils.args import build_parser, finish
-from utils.checkpoint import read_json
 from utils.errors import UsageError
 from utils.hub import go_offline_if_unreachable
+from utils.records import read_json
 from utils.registry import lookup
 
 WRAPPERS: dict[str, type[WrapperBase]] = {

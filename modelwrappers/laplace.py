@@ -41,10 +41,11 @@ from modelwrappers.lora_curvature import (
 from modelwrappers.sharding import shards_base
 from modelwrappers.wrapperbase import Batch, WrapperBase, peak_memory
 from utils.args import count, positive_float
-from utils.checkpoint import read_json, read_tensors, write_tensors
 from utils.errors import RunError, UsageError
+from utils.files import write_tensors
 from utils.logging import logger
 from utils.metrics import negative_log_likelihood, posterior_predictive
+from utils.records import read_json, read_tensors
 from utils.seeding import mix_seed
 
 FACTORS_FILE = "laplace.safetensors"

@@ -28,10 +28,10 @@ from modelwrappers.stochastic_lora import (
 )
 from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.args import add_switch, positive_float, positive_int
-from utils.checkpoint import read_json
 from utils.errors import RunError, UsageError
 from utils.logging import logger, notice_once
 from utils.metrics import negative_log_likelihood, posterior_predictive
+from utils.records import read_json
 
 SMALLEST_SIGMA = 0.001
 # Flags of BLoB that stand in existing command lines of tfblora.

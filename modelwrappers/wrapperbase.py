@@ -34,18 +34,13 @@ from transformers import PreTrainedModel
 
 from modelwrappers.model_card import model_card
 from modelwrappers.sharding import shard_base, sharded_names, shards_base
-from utils.checkpoint import (
-    RunFolder,
-    read_tensors,
-    run_folder_path,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
 from utils.errors import RunError, UsageError
+from utils.files import write_atomically, write_json, write_tensors
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
+from utils.records import read_tensors
+from utils.run_folder import RunFolder, run_folder_path
 from utils.seeding import mix_seed
 from utils.temperature import fit_temperature, scale
 

@@ -19,7 +19,7 @@ from scipy.stats import t as student
 
 import main
 from utils import uncertainty as u
-from utils.checkpoint import write_json, write_tensors
+from utils.files import write_json, write_tensors
 from utils.metrics import posterior_predictive, score
 from utils.report.collect import Options, collect
 from utils.report.measure import Examples

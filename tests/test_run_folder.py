@@ -14,8 +14,9 @@ from conftest import ROOT, build, run_folder
 from safetensors.torch import load_file
 
 import main
-from utils.checkpoint import RunFolder, join_tensors, split_tensors, write_atomically, write_json
 from utils.errors import RunError, UsageError
+from utils.files import write_atomically, write_json
+from utils.run_folder import RunFolder, join_tensors, split_tensors
 
 
 def start(flags, **kwargs) -> subprocess.Popen:

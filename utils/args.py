@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.checkpoint import read_json
 from utils.errors import UsageError
 from utils.logging import notice_once
+from utils.records import read_json
 from utils.registry import did_you_mean
 
 # Flags of existing command lines that have nothing left to do here, and why.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.checkpoint import write_atomically
+from utils.files import write_atomically
 from utils.report.collect import Family, Result, Row, Training
 from utils.report.measure import COVERAGE_GRID, ENTROPY_BINS
 

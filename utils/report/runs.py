@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import safe_open
 
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
-from utils.checkpoint import read_json
 from utils.errors import UsageError
+from utils.records import read_json
 
 # Flags that say where and how a run was kept, watched or repeated, not what it computed. Two runs
 # that differ in nothing else belong to one row of the tables.

@@ -6,8 +6,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from utils.checkpoint import write_atomically
 from utils.errors import UsageError
+from utils.files import write_atomically
 from utils.report.collect import Report
 from utils.report.page import page
 from utils.report.plots import draw_family, draw_training

@@ -1,7 +1,6 @@
-"""A run's folder: atomic files, and a training state that survives a kill at any moment.
+"""A run's folder, and a training state that survives a kill at any moment.
 
-Layout: the README's section "A run's folder". Nothing is pickled:
-tensors are safetensors, everything else is JSON.
+Layout: the README's section "A run's folder".
 """
 
 from __future__ import annotations
@@ -15,86 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.errors import RunError, UsageError
+from utils.files import write_atomically, write_json, write_tensors
 from utils.logging import logger
+from utils.records import read_json, read_tensors
 
 KEPT_STATES = 2
-_UMASK = os.umask(0)
-os.umask(_UMASK)
-_FILE_MODE = 0o666 & ~_UMASK
-
-
-# --- atomic files -------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)` and rename the result to `path`: readers never see half a file.
-
-    Raises:
-        RunError: the disk is full or the folder cannot be written; what was there stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.chmod(_FILE_MODE)  # safetensors makes its files private
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        # safetensors reports a full disk with an error class of its own.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise RunError(
-                f"cannot write {path}: {error}. Free some space or choose another --output-dir; "
-                "what was written before is untouched, and --resume goes on from it."
-            ) from error
-        raise
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; what JSON does not know is written as text."""
-    text = json.dumps(content, indent=1, default=str) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors as safetensors, atomically."""
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
-
-
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UsageError: no such file, or it does not hold JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{what}: there is no file {path}.") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{what}: {path} cannot be read as JSON ({error}).") from None
-
-
-def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        UsageError: the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise UsageError(f"{what}: {path} cannot be read as safetensors ({error}).") from None
-        raise
 
 
 # --- nested state <-> safetensors + JSON --------------------------------------------------------
