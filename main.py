@@ -51,7 +51,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     method, config = first_pass(argv)
     wrapper = get_wrapper(method) if method else get_wrapper("map")
     parser = build_parser(wrapper.add_arguments)
-    return finish(parser, argv, config, "--config", wrapper.check_arguments)
+    args = parser.parse_strictly(argv, config, "--config")
+    return finish(args, parser, wrapper.check_arguments)
 
 
 def main(argv: list[str] | None = None) -> Metrics:

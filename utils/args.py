@@ -139,32 +139,68 @@ class Parser(argparse.ArgumentParser):
                 f"unknown flag {quoted(flag)}{hint} `python main.py --help` lists them."
             )
         said = {key: value for key, value in vars(args).items() if value is not absent}
-        known = {action.dest: action for action in actions}
-        for key, value in (stored or {}).items():
+        return self._completed(said, stored or {}, where)
+
+    def settings(self, called: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> Args:
+        """All flags with their values, for a call in Python instead of a command line.
+
+        Args:
+            called: what the caller has said, by attribute name.
+            stored: flags of a file, which hold where the caller said nothing.
+            where: that file, and on whose behalf it is read.
+        Raises:
+            UsageError: as `parse_strictly`.
+        """
+        known = {action.dest: action for action in self._actions}
+        said = {key: flag_value(known[key], value, "the call") for key, value in called.items()}
+        return self._completed(said, stored, where)
+
+    def _completed(self, said: dict[str, Any], stored: Mapping[str, Any], where: str) -> Args:
+        known = {action.dest: action for action in self._actions if action.dest != "help"}
+        said = dict(said)
+        for key, value in stored.items():
             if key in said or key in NOT_REPEATED:
                 continue
             if key not in known:
                 hint = did_you_mean(key, known)
                 raise UsageError(f"{where}: unknown flag {quoted(key)}{hint}")
             said[key] = stored_value(known[key], value, where)
-        for action in actions:
-            setattr(args, action.dest, said.get(action.dest, action.default))
+        args = Args(**{key: said.get(key, action.default) for key, action in known.items()})
         args.given = {key: value for key, value in said.items() if key not in NOT_REPEATED}
         return args
 
 
 def stored_value(action: argparse.Action, value: Any, where: str) -> Any:
-    """A flag's value from a file, under the rules of its flag.
+    """A flag's value from a file: `flag_value`, but what runs code counts on the call only.
 
-    It never becomes part of a command line, so no value can turn into another flag; and what makes
-    a run execute code (a FILE.py:NAME, --trust-remote-code) counts on the command line only.
+    Raises:
+        UsageError: the value breaks the flag's rule, or is a FILE.py:NAME or --trust-remote-code.
+    """
+    flag = action.option_strings[0]
+    said = f"{where}: {action.dest} is {quoted(value)}; {flag}"
+    if action.dest in CODE_SWITCHES and value is not False:
+        raise UsageError(
+            f"{said} runs code, which a file cannot decide: pass {flag} on this call, or remove it."
+        )
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(item, str) and names_code(item) for item in values):
+        raise UsageError(
+            f"{said} would run that file, which another file cannot decide: pass it on this call."
+        )
+    return flag_value(action, value, where)
+
+
+def flag_value(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value that did not come from a command line, under the rules of its flag.
+
+    It never becomes part of a command line, so it cannot turn into another flag.
 
     Args:
         action: the flag.
-        value: parsed JSON.
-        where: the file, and on whose behalf it is read.
+        value: as JSON or Python have it: a switch is a boolean, a number a number.
+        where: who says so, for the message.
     Raises:
-        UsageError: the value breaks the flag's rule, or asks for code.
+        UsageError: the value breaks the flag's rule.
     """
     flag = action.option_strings[0]
 
@@ -175,11 +211,7 @@ def stored_value(action: argparse.Action, value: Any, where: str) -> Any:
         if action.default is None or action.type is optional:
             return None
         refuse("needs a value")
-    if action.dest in CODE_SWITCHES and value is not False:
-        refuse(f"runs code, which a file cannot decide: pass {flag} on this call, or remove it")
     values = value if isinstance(value, list) else [value]
-    if any(isinstance(item, str) and names_code(item) for item in values):
-        refuse("would run that file, which another file cannot decide: pass it on this call")
     if isinstance(value, list) != (action.nargs in ("+", "*")):
         refuse("takes one value" if isinstance(value, list) else "takes a list")
     if not values:
@@ -543,26 +575,18 @@ def first_pass(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
 
 
 def finish(
-    parser: Parser,
-    argv: Sequence[str],
-    stored: Mapping[str, Any],
-    where: str,
-    check_method: Callable[[Args], None],
-    adopts: bool = True,
+    args: Args, parser: Parser, check_method: Callable[[Args], None], adopts: bool = True
 ) -> Args:
-    """Parse strictly, fill in what follows from other flags, and check that all go together.
+    """Fill in what follows from other flags, and check that all go together.
 
     Args:
+        args: from `parser.parse_strictly` or `parser.settings`.
         parser: of `build_parser`.
-        argv: the command line.
-        stored: flags of a file, which hold where `argv` says nothing.
-        where: that file, and on whose behalf it is read.
         check_method: the method's own check.
         adopts: whether the run that trained the loaded adapter is asked for what was not said.
     Raises:
-        UsageError: unknown flags, broken rules, contradictions (both flags are named).
+        UsageError: flags that are missing, contradictions (both flags are named).
     """
-    args = parser.parse_strictly(argv, stored, where)
     if not names_code(args.modelwrapper or ""):
         args.modelwrapper = (args.modelwrapper or "").lower()
 
