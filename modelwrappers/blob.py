@@ -36,6 +36,13 @@ from utils.args import add_switch, nonnegative_float, positive_float
 from utils.errors import UsageError, quoted
 from utils.logging import logger, notice_once
 from utils.optim import build_optimizer, linear_schedule
+from utils.records import Count, Record, as_record
+
+
+class _Counter(Record):
+    """Updates of the KL's weight, in a state."""
+
+    kl_step: Count
 
 
 class BLoB(WrapperBase):
@@ -126,7 +133,7 @@ class BLoB(WrapperBase):
         return {"kl_step": self.kl_step}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        self.kl_step = state["kl_step"]
+        self.kl_step = as_record(state, _Counter, "method").kl_step
 
     def method_config(self) -> dict[str, Any]:
         return {

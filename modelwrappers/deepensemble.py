@@ -21,6 +21,7 @@ from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.args import positive_int
 from utils.errors import UsageError
 from utils.logging import logger, notice_once
+from utils.records import Count, Record, as_record
 from utils.seeding import mix_seed
 
 
@@ -30,6 +31,10 @@ class DeepEnsemble(WrapperBase):
     is_stochastic = True
     has_members = True
     posterior_flags = ("ensemble_average",)
+    adapter_files = (
+        *WrapperBase.adapter_files,
+        *(f"member{{n}}/{name}" for name in WrapperBase.adapter_files[:2]),
+    )
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
         size = args.ensemble_n or _members_of(Path(args.load_lora_path))
@@ -97,7 +102,10 @@ class DeepEnsemble(WrapperBase):
         return {"member": self.member}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        self._begin(state["member"])
+        member = as_record(state, _Member, "method").member
+        if member >= len(self.members):
+            raise UsageError(f"member {member} of {len(self.members)}")
+        self._begin(member)
 
     def method_config(self) -> dict[str, Any]:
         return {"members": self.members}
@@ -181,6 +189,12 @@ class DeepEnsemble(WrapperBase):
         super().load_adapter_weights(folder, self.members[0])
         for name in self.members[1:]:
             super().load_adapter_weights(folder / name, name)
+
+
+class _Member(Record):
+    """Which member is in training, in a state."""
+
+    member: Count
 
 
 def _members_of(folder: Path) -> int:

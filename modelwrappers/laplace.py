@@ -113,6 +113,7 @@ class Laplace(WrapperBase):
 
     is_stochastic = True
     Description = Description
+    adapter_files = (*WrapperBase.adapter_files, FACTORS_FILE)
     posterior_flags = (
         "laplace_layers",
         "laplace_hessian",
