@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from modelwrappers.lora.exact_4bit import use_exact_4bit
 from utils.embedded import resolve_model
 from utils.errors import UsageError
 from utils.hub import go_offline_if_unreachable
@@ -113,6 +114,7 @@ def load_model(
     # What has to be trained whole: see `lora_config` and `WrapperBase`.
     model.head_roots = _head_roots(model, new) if is_classifier else []
     model.requires_grad_(False)
+    use_exact_4bit(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
