@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from modelwrappers.engine.posterior import adapter_folder, read_adapter_config
+from modelwrappers.lora.exact_4bit import use_exact_4bit
 from utils.embedded import resolve_model
 from utils.errors import UsageError, quoted
 from utils.hub import go_offline_if_unreachable
@@ -114,6 +115,7 @@ def load_model(
     # What has to be trained whole: see `lora_config` and `WrapperBase`.
     model.head_roots = _head_roots(model, new) if is_classifier else []
     model.requires_grad_(False)
+    use_exact_4bit(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

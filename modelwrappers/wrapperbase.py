@@ -44,6 +44,7 @@ from modelwrappers.engine.posterior import (
     check_adapter_tensors,
     read_adapter_tensors,
 )
+from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.model_card import model_card
 from modelwrappers.sharding import shard_base, sharded_names, shards_base
 from utils.errors import RunError, UsageError
@@ -114,6 +115,7 @@ class WrapperBase(PeftModel):
         accelerator,
         adapter_name: str = "default",
     ) -> None:
+        use_exact_4bit(model)  # it may be one that somebody else has loaded
         head_roots = getattr(model, "head_roots", [])
         forward_parameters = inspect.signature(model.forward).parameters
         peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or args.model

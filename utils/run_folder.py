@@ -61,7 +61,7 @@ class RunRecord(Record):
     """args.json: what a run was told, and what made it.
 
     Attributes:
-        args: every flag with the value that the run uses; empty in a file made for --config by hand.
+        args: every flag with the value that the run uses; empty where --config was written by hand.
         given: those that were passed; empty in the oldest files.
         run: command, commit, host, start time and versions of libraries.
     """
