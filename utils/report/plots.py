@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.files import write_atomically
 from utils.report.collect import Family, Result, Row, Training
+from utils.report.escape import in_plot
 from utils.report.measure import COVERAGE_GRID, ENTROPY_BINS
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
 MOST = 12  # rows in a figure
+LONGEST_LABEL, LONGEST_TITLE = 34, 140  # characters
 Styled = tuple["Row", dict, str]  # a row, its colour and line style, its marker
 STYLE = {
     "font.size": 9,
@@ -129,7 +131,7 @@ def _save(
     png = folder / f"{stem}-{name}.png"
     with plt.rc_context(STYLE):
         figure = draw()
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(in_plot(title, LONGEST_TITLE), fontsize=9)
         figure.get_layout_engine().execute(figure)  # once, not for every file
         figure.set_layout_engine("none")
         for file in (png, png.with_suffix(".pdf")):
@@ -377,8 +379,8 @@ def _mean_of(curves) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array([np.mean(by_step[step]) for step in steps])
 
 
-def _short(name: str, most: int = 34) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def _short(name: str) -> str:
+    return in_plot(name, LONGEST_LABEL)
 
 
 def _legend(ax: Axes) -> None:
