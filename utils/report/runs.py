@@ -47,7 +47,7 @@ NOT_SETTINGS = frozenset(
 )
 BLOCK = 2_000_000  # numbers of draws at once: 16 MB in double precision
 MOST_NUMBERS = 2**30  # of a file's draws: 4 GiB in single precision
-MOST_CLASSES = 10_000
+MOST_CLASSES = 1000
 MOST_HISTORY = 2**28  # bytes of history.jsonl
 MOST_NLL = 1e9  # in a plot
 NOT_RUNS = ("state", "wandb", "tensorboard")  # folders that hold no run
