@@ -50,7 +50,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else list(argv)
     method, config = first_pass(argv)
     wrapper = get_wrapper(method) if method else get_wrapper("map")
-    return finish(build_parser(wrapper.add_arguments), argv, config, wrapper.check_arguments)
+    parser = build_parser(wrapper.add_arguments)
+    args = parser.parse_strictly(argv, config, "--config")
+    return finish(args, parser, wrapper.check_arguments)
 
 
 def main(argv: list[str] | None = None) -> Metrics:

@@ -1,12 +1,12 @@
 """The base model and its LoRA configuration, from flags.
 
 Weights come from a hub id, a local folder or an embedded alias, plain or quantised; the LoRA
-configuration from `--lora-*` and `--target-modules`, or from the adapter that is to be loaded.
+configuration from `--lora-*` and `--target-modules`, or from the adapter that is to be loaded
+(`engine.posterior` reads it), held against the model here.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from modelwrappers.engine.posterior import adapter_folder, read_adapter_config
 from utils.embedded import resolve_model
-from utils.errors import UsageError
+from utils.errors import UsageError, quoted
 from utils.hub import go_offline_if_unreachable
 from utils.logging import logger
 
@@ -158,22 +159,25 @@ def _quantization(args, auto, config, dtype: torch.dtype) -> BitsAndBytesConfig:
 # --- LoRA ---------------------------------------------------------------------------------------
 
 
-def lora_config(args, model: PreTrainedModel) -> LoraConfig:
-    """What to adapt, and how: from the flags, or from the adapter of --load-lora-path.
+def lora_config(args, model: PreTrainedModel, adapter: LoraConfig | None = None) -> LoraConfig:
+    """What to adapt, and how: from the flags, or as the adapter of --load-lora-path has it.
 
     A classification head is never left random: without LoRA on it, it is trained whole and saved
     (`modules_to_save`); with --apply-classhead-lora it gets LoRA on top of trained base weights,
     which ride along in the adapter file (see `WrapperBase.save_pretrained`).
 
+    Args:
+        args: parsed flags.
+        model: the base model.
+        adapter: the configuration of --load-lora-path, if it was read already.
     Raises:
         UsageError: an unknown architecture, target modules that are not there, or an adapter that
             does not fit the flags or the model.
     """
     if args.load_lora_path is not None:
-        config = _adapter_config(args)
-        _check_targets(model, config.target_modules, f"the adapter {args.load_lora_path}")
-        _check_target_flags(args, model, config)
-        return config
+        if adapter is None:
+            adapter = read_adapter_config(adapter_folder(args), "--load-lora-path")
+        return _adapter_lora_config(args, model, adapter)
     with_head = args.apply_classhead_lora or args.apply_qkv_head_lora
     if args.target_modules:
         targets = list(args.target_modules)
@@ -279,72 +283,89 @@ def _check_target_flags(args, model: PreTrainedModel, config: LoraConfig) -> Non
         )
 
 
-# --- an adapter that is already there ------------------------------------------------------------
-
-
-def adapter_folder(args) -> Path:
-    """The local folder of --load-lora-path, downloaded first if it lies in a hub repo.
-
-    Raises:
-        UsageError: there is no adapter there.
-    """
-    path = args.load_lora_path
-    if args.load_lora_huggingface_repo:
-        from huggingface_hub import snapshot_download
-
-        go_offline_if_unreachable()
-        try:
-            root = snapshot_download(
-                args.load_lora_huggingface_repo, allow_patterns=[f"{path.strip('/')}/*"]
-            )
-        except Exception as error:
-            raise UsageError(
-                f"--load-lora-huggingface-repo {args.load_lora_huggingface_repo} cannot be read: "
-                f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}\n"
-                "Without network access pass a local folder as --load-lora-path alone."
-            ) from None
-        path = Path(root) / path.strip("/")
-    folder = Path(path)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise UsageError(
-                f"--load-lora-path {args.load_lora_path}: there is no {name} in {folder}; it takes "
-                "a folder that --checkpoint or PEFT's save_pretrained wrote."
-            )
-    return folder
-
-
-def _adapter_config(args) -> LoraConfig:
-    folder = adapter_folder(args)
-    try:
-        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
-        if kind != "LORA":
-            raise UsageError(f"--load-lora-path: {folder} holds a {kind} adapter, not LoRA.")
-        config = LoraConfig.from_pretrained(str(folder))
-    except UsageError:
-        raise
-    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise UsageError(
-            f"--load-lora-path: {folder} holds no LoRA configuration ({error})."
-        ) from None
+def _adapter_lora_config(args, model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+    """The configuration of a loaded adapter, held against the flags and the model."""
+    origin = f"the adapter {args.load_lora_path}"
     for flag, given, stored in (
         ("--lora-r", args.lora_r, config.r),
         ("--lora-alpha", args.lora_alpha, config.lora_alpha),
     ):
         if given is not None and given != stored:
             raise UsageError(
-                f"{flag} is {given}, but the adapter in {folder} was trained with {stored}; drop "
-                f"{flag}, or pass {flag} {stored}."
+                f"{flag} is {given}, but {origin} was trained with {stored}; drop {flag}, or pass "
+                f"{flag} {stored}."
             )
+    settle_patterns(model, config, origin)
+    _check_targets(model, config.target_modules, origin)
+    _check_target_flags(args, model, config)
     if args.lora_dropout is not None:
         config.lora_dropout = args.lora_dropout
-    config.inference_mode = False
     logger.info(
         "Loaded adapter configuration: r %d, alpha %s, layers %s",
         config.r,
         config.lora_alpha,
-        config.target_modules
-        if isinstance(config.target_modules, str)
-        else ", ".join(sorted(config.target_modules)),
+        quoted(", ".join(sorted(config.target_modules)), longest=400)
+        if isinstance(config.target_modules, list | set)
+        else config.target_modules,
     )
     return config
+
+
+def settle_patterns(model: PreTrainedModel, config: LoraConfig, origin: str) -> None:
+    """Replace an adapter's regular expressions by the names of the layers that they match.
+
+    PEFT matches them with `re`, where a pattern can be made to take for ever; RE2 is linear in the
+    text. Its language has neither look-around nor back-references.
+
+    Raises:
+        UsageError: no expression of RE2, or one that matches no layer.
+    """
+    names = [name for name, module in model.named_modules() if _is_adaptable(module)]
+    if config.exclude_modules is not None:
+        excluded = config.exclude_modules
+        matches = _pattern(excluded, origin).fullmatch if isinstance(excluded, str) else None
+        config.exclude_modules = [
+            name
+            for name in names
+            if (matches(name) if matches else any(f".{name}".endswith(f".{e}") for e in excluded))
+        ] or None
+    targets = config.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        pattern = _pattern(targets, origin)
+        config.target_modules = [name for name in names if pattern.fullmatch(name)]
+        if not config.target_modules:
+            raise UsageError(
+                f"{origin}: its pattern {quoted(targets)} matches no layer of this "
+                f"{model.config.model_type} model."
+            )
+    for key in ("rank_pattern", "alpha_pattern"):  # the first that matches a name's end counts
+        patterns = [
+            (_pattern(rf"(.*\.)?({pattern})$", origin), value)
+            for pattern, value in getattr(config, key).items()
+        ]
+        found = {}
+        for name in names:
+            value = next((v for pattern, v in patterns if pattern.match(name)), None)
+            if value is not None:
+                found[name] = value
+        setattr(config, key, found)
+
+
+def _pattern(expression: str, origin: str):
+    """A compiled expression of RE2, of bounded size."""
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = 8 * 2**20
+    try:
+        return re2.compile(expression, options=options)
+    except (re2.error, UnicodeError) as error:
+        raise UsageError(
+            f"{origin}: the pattern {quoted(expression)} is none that is matched here ({error}); "
+            "look-around and back-references are not, so name the layers instead."
+        ) from None
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return _is_linear(module) or isinstance(module, nn.Embedding)

@@ -33,6 +33,7 @@ from modelwrappers.stochastic_lora import (
 )
 from modelwrappers.wrapperbase import Batch, Predictions, WrapperBase
 from utils.args import add_switch, nonnegative_float, positive_float
+from utils.errors import UsageError, quoted
 from utils.logging import logger, notice_once
 from utils.optim import build_optimizer, linear_schedule
 
@@ -160,7 +161,15 @@ class BLoB(WrapperBase):
 
     def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = super()._adapter_tensors(tensors)
-        if any(key.endswith(RHO) for key in tensors):
+        spreads = [key for key in tensors if key.endswith(RHO)]
+        flat = next((key for key in spreads if (tensors[key] == 0).any()), None)
+        if flat is not None and (self.args.max_train_steps or self.args.n_epochs):
+            raise UsageError(
+                f"--load-lora-path: {quoted(flat)} has entries of 0, a posterior of no width, "
+                "whose KL to any prior is infinite: it cannot be trained by BLoB. Evaluate it, or "
+                "train on the adapter that it was made from."
+            )
+        if spreads:
             return tensors
         logger.info(
             "The adapter has no %s: it is a point estimate. Its spread starts from --bayes-eps %g.",

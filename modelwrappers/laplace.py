@@ -22,16 +22,18 @@ import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 from accelerate.utils import send_to_device
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelwrappers.backbone import head_modules
+from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
 from modelwrappers.lora_curvature import (
     CURVATURES,
     Projection,
@@ -41,11 +43,19 @@ from modelwrappers.lora_curvature import (
 from modelwrappers.sharding import shards_base
 from modelwrappers.wrapperbase import Batch, WrapperBase, peak_memory
 from utils.args import count, positive_float
-from utils.errors import RunError, UsageError
+from utils.errors import RunError, UsageError, quoted
 from utils.files import write_tensors
 from utils.logging import logger
 from utils.metrics import negative_log_likelihood, posterior_predictive
-from utils.records import read_json, read_tensors
+from utils.records import (
+    Count,
+    Name,
+    Nonnegative,
+    Positive,
+    Record,
+    check_tensor,
+    read_tensors,
+)
 from utils.seeding import mix_seed
 
 FACTORS_FILE = "laplace.safetensors"
@@ -59,10 +69,50 @@ def _prior_precision(text: str) -> str | float:
     return text if text in ("evidence", "validation") else positive_float(text)
 
 
+class Fit(Record):
+    """How a posterior was fitted: what is needed again, and what is told."""
+
+    hessian: Literal["kron", "diag", "full"]
+    prior_precision: Annotated[Positive, Field(le=1e30)]
+    log_marginal_likelihood: FiniteFloat | None = None
+    n_parameters: Count | None = None
+    n_examples: Count | None = None
+    factor_bytes: Count | None = None
+    seconds: Nonnegative | None = None
+    peak_memory_bytes: Count | None = None
+    peak_memory_before_bytes: Count | None = None
+
+
+class Description(Record):
+    """Laplace's part of bayes_config.json.
+
+    Attributes:
+        laplace: the fit; None while the adapter is a point estimate.
+        projections: the LoRA matrices that the posterior covers, in the order of its factors.
+    """
+
+    laplace: Fit | None
+    projections: list[Name]
+
+    @field_validator("laplace", mode="before")
+    @classmethod
+    def _nothing_fitted(cls, value: Any) -> Any:
+        return None if value == {} else value
+
+    @model_validator(mode="after")
+    def _covers_something(self) -> Description:
+        if self.laplace is not None and not self.projections:
+            raise ValueError("'projections' names no LoRA matrix")
+        if len(set(self.projections)) < len(self.projections):
+            raise ValueError("'projections' names a LoRA matrix twice")
+        return self
+
+
 class Laplace(WrapperBase):
     """Laplace posterior on a trained adapter, or on one that this run trains first as MAP does."""
 
     is_stochastic = True
+    Description = Description
     posterior_flags = (
         "laplace_layers",
         "laplace_hessian",
@@ -458,25 +508,18 @@ class Laplace(WrapperBase):
         if self.posterior is not None and kwargs.get("is_main_process", True):
             write_tensors(Path(save_directory) / FACTORS_FILE, self._tensors(), {})
 
-    def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
-        """Load; the factors too, if the adapter is a Laplace posterior and nothing is trained."""
-        super().load_adapter_weights(folder, adapter_name)
-        description = folder / "bayes_config.json"
-        if not description.is_file():
+    def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
+        """The curvature of an adapter that was fitted already."""
+        if record is None:
             return
-        config = read_json(description, "--load-lora-path")
-        is_laplace = isinstance(config, dict) and config.get("modelwrapper") == "laplace"
-        if not is_laplace or self.args.max_train_steps or self.args.n_epochs:
+        where = (
+            f"--load-lora-path: {folder / FACTORS_FILE} and {RECORD_FILE} hold no Laplace "
+            "posterior over this adapter"
+        )
+        found = self.described(record, where)
+        if found.laplace is None:  # saved before it was fitted
             return
-        tensors = read_tensors(folder / FACTORS_FILE, "--load-lora-path")
-        try:
-            self._take_factors(config, tensors)
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise UsageError(
-                f"--load-lora-path: {folder / FACTORS_FILE} and bayes_config.json hold no Laplace "
-                f"posterior over this adapter ({type(error).__name__}: {error}); fit it again on "
-                "the adapter that it was made from."
-            ) from None
+        self._take_factors(found, read_tensors(folder / FACTORS_FILE, "--load-lora-path"), where)
         given = self.args.given
         if isinstance(given.get("laplace_prior_precision"), float):
             self.posterior.prior_precision = given["laplace_prior_precision"]
@@ -490,46 +533,75 @@ class Laplace(WrapperBase):
             self.posterior.prior_precision.item(),
         )
 
-    def _take_factors(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _take_factors(self, found: Description, tensors: dict[str, Tensor], where: str) -> None:
         """The posterior that `_tensors` and `method_config` describe.
 
         Raises:
-            KeyError, ValueError, TypeError, IndexError: they do not fit each other or the adapter.
+            UsageError: they do not fit each other or the adapter.
         """
+
+        def refuse(reason: str) -> NoReturn:
+            raise UsageError(
+                f"{where}: {reason}; fit the posterior again on the adapter that it was made from."
+            )
+
         device = self.accelerator.device
-        self.description = dict(config["laplace"])
-        self.hessian = self.description["hessian"]
-        rows = tensors.pop("rows", None)
+        self.description, self.hessian = found.laplace.model_dump(), found.laplace.hessian
         head = f"{self._head}.lora_B.weight"
         modules = {p.name: p.module for p in self._pairs(self._lora_layers())}
-        self.projections = [
-            Projection(
-                name, modules[name], rows.to(device) if name == head and self.is_causal else None
-            )
-            for name in config["projections"]
-        ]
+        rows = None
+        if "rows" in tensors:
+            rows = check_tensor(tensors, "rows", (None,), where, (torch.int64,)).to(device)
+            tensors = {key: value for key, value in tensors.items() if key != "rows"}
+        self.projections = []
+        for name in found.projections:
+            if name not in modules:
+                refuse(
+                    f"{RECORD_FILE} names {quoted(name)}, which is no LoRA matrix of the adapter"
+                )
+            is_head = name == head and self.is_causal
+            if is_head and rows is None:
+                refuse("the tensor 'rows', the head's answer tokens, is missing")
+            height = len(modules[name].weight)
+            if is_head and not (
+                0 < len(rows) == len(rows.unique()) and rows.min() >= 0 and rows.max() < height
+            ):
+                refuse(f"'rows' must be different numbers below {height}, rows of the head")
+            self.projections.append(Projection(name, modules[name], rows if is_head else None))
         shapes = [tuple(projection.weight.shape) for projection in self.projections]
         if self.hessian != "kron":
             shapes = [(sum(math.prod(shape) for shape in shapes),)]
-        blocks = []
+        blocks, taken = [], set()
         for i, shape in enumerate(shapes):
             blocks.append([])
             for j, width in enumerate(shape):
-                vectors, values = tensors.pop(f"{i}.{j}.vectors"), tensors.pop(f"{i}.{j}.values")
+                names = f"{i}.{j}.vectors", f"{i}.{j}.values"
+                taken.update(names)
+                values = check_tensor(tensors, names[1], (None,), where)
                 expected = (0,) if self.hessian == "diag" else (width, len(values))
+                vectors = check_tensor(tensors, names[0], expected, where)
                 number = width if self.hessian == "diag" else min(width, len(values))
-                if tuple(vectors.shape) != expected or len(values) != number:
-                    raise ValueError(f"factor {i}.{j} has shape {tuple(vectors.shape)}")
-                if not (values.isfinite().all() and vectors.isfinite().all()):
-                    raise ValueError(f"factor {i}.{j} is not finite")
+                if len(values) != number:
+                    refuse(f"{names[1]} has {len(values)} eigenvalues, more than {width}")
+                if (values < 0).any():
+                    refuse(f"{names[1]} has negative eigenvalues, which no curvature has")
+                if self.hessian != "diag" and not _is_orthonormal(vectors):
+                    refuse(f"the columns of {names[0]} are not orthonormal")
                 blocks[-1].append((vectors.to(device), values.to(device)))
-        if tensors:
-            raise ValueError(f"unknown tensor {min(tensors)}")
-        precision = float(self.description["prior_precision"])
-        if not 0 < precision < math.inf:
-            raise ValueError(f"prior precision {precision}")
+        if tensors.keys() - taken:
+            refuse(f"unknown tensor {quoted(min(tensors.keys() - taken))}")
         self.posterior = self._build_posterior(blocks)
-        self.posterior.prior_precision = precision
+        self.posterior.prior_precision = found.laplace.prior_precision
+
+
+def _is_orthonormal(vectors: Tensor) -> bool:
+    """Up to the rounding of float32 factors."""
+    gram = vectors.double().mT @ vectors.double()
+    return (
+        bool((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max() < 1e-3)
+        if len(gram)
+        else True
+    )
 
 
 @cache

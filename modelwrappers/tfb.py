@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from pydantic import Field
 from torch import Tensor
 
+from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
 from modelwrappers.stochastic_lora import (
     FLIPOUT,
     RHO,
@@ -31,7 +33,7 @@ from utils.args import add_switch, positive_float, positive_int
 from utils.errors import RunError, UsageError
 from utils.logging import logger, notice_once
 from utils.metrics import negative_log_likelihood, posterior_predictive
-from utils.records import read_json
+from utils.records import Nonnegative, Positive, Record
 
 SMALLEST_SIGMA = 0.001
 # Flags of BLoB that stand in existing command lines of tfblora.
@@ -44,8 +46,28 @@ _UNUSED_VALUES = (
 )
 
 
+class Step(Record):
+    """One sigma that the search has tried."""
+
+    sigma_q: Positive
+    change: Nonnegative
+    accepted: bool
+
+
+class Description(Record):
+    """TFB's part of bayes_config.json."""
+
+    parametrisation: Literal["std = lora_A_rho^2"]
+    sigma_q: Positive | None
+    criterion: Literal["nll", "flips"]
+    tolerance: Positive
+    search: Annotated[list[Step], Field(max_length=10_000)]
+
+
 class TFB(WrapperBase):
     """Gaussian posterior on A, found by search instead of training."""
+
+    Description = Description
 
     is_stochastic = True
     posterior_flags = ("flipout", "bayes_inference_notsample")
@@ -118,23 +140,24 @@ class TFB(WrapperBase):
 
     # --- the method -------------------------------------------------------------------------------
 
-    def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
-        """Load, then rotate every layer; an adapter that TFB saved is taken as it is."""
-        super().load_adapter_weights(folder, adapter_name)
-        description = folder / "bayes_config.json"
-        if description.is_file():
-            config = read_json(description, "--load-lora-path")
-            if config["modelwrapper"].startswith("tfb"):
-                self.sigma, self.search = config["sigma_q"], config["search"]
-                self.criterion, self.tolerance = config["criterion"], config["tolerance"]
-                logger.info(
-                    "TFB: %s has been searched already (sigma_q = %.5f); --th, --iter and other "
-                    "flags of the search have no effect.",
-                    folder,
-                    self.sigma,
-                )
-                return
-        reparametrise(self, adapter_name)
+    def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
+        """Rotate every layer; an adapter that TFB has searched already is taken as it is."""
+        found = (
+            self.described(record, f"--load-lora-path: {folder / RECORD_FILE}")
+            if record is not None
+            else None
+        )
+        if found is None or found.sigma_q is None:
+            reparametrise(self, self.active_adapter)
+            return
+        self.sigma, self.search = found.sigma_q, [step.model_dump() for step in found.search]
+        self.criterion, self.tolerance = found.criterion, found.tolerance
+        logger.info(
+            "TFB: %s has been searched already (sigma_q = %.5f); --th, --iter and other "
+            "flags of the search have no effect.",
+            folder,
+            self.sigma,
+        )
 
     def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return spread_tensors(self, self.active_adapter) | super()._adapter_tensors(tensors)

@@ -32,6 +32,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modelwrappers.engine.posterior import (
+    ADAPTER_FILE,
+    BASE_MODEL_FLAGS,
+    FORMAT_VERSION,
+    RECORD_FILE,
+    ROW_FLAGS,
+    PosteriorRecord,
+    Rows,
+    Scores,
+    check_adapter_tensors,
+    read_adapter_tensors,
+)
 from modelwrappers.model_card import model_card
 from modelwrappers.sharding import shard_base, sharded_names, shards_base
 from utils.errors import RunError, UsageError
@@ -39,15 +51,12 @@ from utils.files import write_atomically, write_json, write_tensors
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
-from utils.records import read_tensors
+from utils.records import Record, as_record, read_tensors
 from utils.run_folder import RunFolder, run_folder_path
 from utils.seeding import mix_seed
 from utils.temperature import fit_temperature, scale
 
 Batch = dict[str, Tensor]
-ADAPTER_FILE = "adapter_model.safetensors"
-# What the posterior was trained on; a posterior is one over the adapter of exactly that model.
-BASE_MODEL_FLAGS = ("model", "model_type", "load_model_path", "quantization", "dtype")
 
 
 class Predictions(NamedTuple):
@@ -95,6 +104,7 @@ class WrapperBase(PeftModel):
     is_stochastic = False  # whether draws differ; else one forward answers for any number of them
     has_members = False  # whether an adapter folder may hold several of them
     posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
+    Description: ClassVar[type[Record]] = Record  # the type of what `method_config` says
 
     def __init__(
         self,
@@ -118,6 +128,8 @@ class WrapperBase(PeftModel):
         self.predictions: Predictions | None = None
         self.answers: list[str] | None = None  # the C choices, in label order
         self.results: dict[str, dict[str, Any]] = {}  # data set -> its block of metrics.json
+        self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
+        self.temperature: float | None = None  # what `predict` divides the logits by
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
         self.eval_n_samples = self.final_draws()  # N of `evaluate`
@@ -221,6 +233,21 @@ class WrapperBase(PeftModel):
     def method_config(self) -> dict[str, Any]:
         """The method's part of bayes_config.json: what makes the adapter Bayesian."""
         return {}
+
+    def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
+        """Called once the weights of an adapter are loaded: make them this method's posterior.
+
+        Args:
+            folder: where the adapter lies.
+            record: what its bayes_config.json says, if this method made it and nothing is trained
+                on top; None for any other adapter.
+        Raises:
+            UsageError: the record or a file of the posterior is damaged.
+        """
+
+    def described(self, record: PosteriorRecord, where: str) -> Record:
+        """The method's own part of a record, checked; `where` begins the message if it is not."""
+        return as_record(record.method, self.Description, where, "Fit the posterior again.")
 
     # --- logits -----------------------------------------------------------------------------------
 
@@ -644,6 +671,8 @@ class WrapperBase(PeftModel):
                             n_samples=max(1, num_draws),
                         )
                     log_probs = _with_draws(logits).float().log_softmax(-1)  # (B, N, C)
+                    if self.temperature is not None:
+                        log_probs = scale(log_probs, self.temperature).float()
                     parts.append((log_probs, batch["labels"], batch["index"]))
         finally:
             self.train(was_training)
@@ -692,7 +721,9 @@ class WrapperBase(PeftModel):
             self.fit(self.train_loader, self.eval_loader if self.args.eval_per_steps else None)
             training_seconds = time.perf_counter() - started
         self.fit_posterior()
-        temperature = self._fit_temperature() if self.args.temperature_scaling else None
+        if self.args.temperature_scaling:
+            self.fitted_temperature = self._fit_temperature()
+        temperature = self.fitted_temperature
         name, split = self.args.dataset.rpartition(":")[2], self.args.testing_set
         if split != "train_val":  # the others may name where anchors come from, too
             split = getattr(self.dataset, "eval_split", split)
@@ -799,7 +830,7 @@ class WrapperBase(PeftModel):
         if not kwargs.get("is_main_process", True):
             return
         config = self.bayes_config()
-        write_json(Path(save_directory) / "bayes_config.json", config)
+        write_json(Path(save_directory) / RECORD_FILE, config)
         (Path(save_directory) / "README.md").write_text(model_card(config), encoding="utf-8")
         extra = self._trained_base_tensors()
         if extra:
@@ -852,22 +883,28 @@ class WrapperBase(PeftModel):
         logger.info("Adapter saved to %s", folder)
 
     def bayes_config(self) -> dict[str, Any]:
-        """What makes the adapter Bayesian, and what it takes to predict with it."""
+        """What makes the adapter Bayesian, and what it takes to predict with it.
+
+        It is a `PosteriorRecord`: what is written here is what `read_posterior_record` takes.
+        """
         args = self.args
-        return {
-            "format_version": 1,
-            "modelwrapper": args.modelwrapper,
+        record = PosteriorRecord(
+            format_version=FORMAT_VERSION,
+            modelwrapper=args.modelwrapper,
             **{name: getattr(args, name) for name in BASE_MODEL_FLAGS},
-            "dataset": args.dataset,
-            "dataset_type": args.dataset_type,
-            "choices": self.answers,
-            "target_ids": self.target_ids.tolist() if self.target_ids is not None else None,
-            "pad_token_id": self.base_model.config.pad_token_id,
-            "n_draws": max(1, self.final_draws()),
-            "metrics": self.results,
-            "flags": {name: getattr(args, name) for name in self.posterior_flags},
+            dataset=args.dataset,
+            dataset_type=args.dataset_type,
+            choices=self.answers,
+            target_ids=self.target_ids.tolist() if self.target_ids is not None else None,
+            pad_token_id=self.base_model.config.pad_token_id,
+            rows=Rows(**{name: getattr(args, name) for name in ROW_FLAGS}),
+            n_draws=max(1, self.final_draws()),
+            temperature=self.fitted_temperature,
+            metrics={name: Scores.model_validate(block) for name, block in self.results.items()},
+            flags={name: getattr(args, name) for name in self.posterior_flags},
             **self.method_config(),
-        }
+        )
+        return record.model_dump()
 
     def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
         """Fill the adapter from a folder that this project, PEFT or the original code wrote.
@@ -885,13 +922,7 @@ class WrapperBase(PeftModel):
                 f"--modelwrapper {self.args.modelwrapper} takes one of them, e.g. "
                 f"{members[0].parent}, or pass --modelwrapper deepensemble."
             )
-        tensors = self._adapter_tensors(read_tensors(folder / ADAPTER_FILE, "--load-lora-path"))
-        broken = sorted(key for key, value in tensors.items() if not value.isfinite().all())
-        if broken:
-            raise UsageError(
-                f"--load-lora-path: {broken[0]} in {folder} has values that are not numbers; the "
-                "run that trained it had diverged."
-            )
+        tensors = self._adapter_tensors(read_adapter_tensors(folder, "--load-lora-path"))
         expected = (
             get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             | self._trained_base_tensors()
@@ -902,31 +933,15 @@ class WrapperBase(PeftModel):
                 folder,
                 self.args.modelwrapper,
             )
-        missing = sorted(expected.keys() - tensors.keys())
-        if missing:
-            raise UsageError(
-                f"--load-lora-path: {folder} has no weights for {missing[0]}"
-                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: it was made for "
-                f"another architecture than {self.args.model}, or saved without its trained head."
-            )
-        for key, value in expected.items():
-            if tensors[key].shape != value.shape:
-                raise UsageError(
-                    f"--load-lora-path: {key} in {folder} has shape {tuple(tensors[key].shape)}, "
-                    f"{self.args.model} needs {tuple(value.shape)}; the adapter was made for "
-                    "another architecture, rank or number of classes."
-                )
+        check_adapter_tensors(tensors, expected, folder, self.args.model)
         trained = {key: tensors[key] for key in self._trained_base_tensors()}
         self.load_state_dict(trained, strict=False)
         adapter = {key: tensors[key] for key in expected.keys() - trained.keys()}
         set_peft_model_state_dict(self, adapter, adapter_name=adapter_name)
 
     def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        prefix = "base_model.model."
-        return {
-            prefix + key[2 * len(prefix) :] if key.startswith(2 * prefix) else key: value
-            for key, value in tensors.items()
-        }
+        """Hook: what of an adapter's tensors is loaded; a method adds what it can do without."""
+        return tensors
 
 
 # --- small helpers -------------------------------------------------------------------------------

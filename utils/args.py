@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.errors import UsageError
+from utils.errors import UsageError, quoted
 from utils.logging import notice_once
 from utils.records import read_json
-from utils.registry import did_you_mean
+from utils.registry import did_you_mean, names_code
 
 # Flags of existing command lines that have nothing left to do here, and why.
 WITHOUT_EFFECT = {
@@ -31,12 +31,10 @@ WITHOUT_EFFECT = {
 }
 
 
-# What a later run on an adapter takes from the run that trained it, unless told otherwise.
-# Within a group nothing is taken when one of its flags is given.
+# What a later run on an adapter takes from the run that trained it, unless told otherwise. Where
+# the first flag of a group is given, nothing of it is taken; another one stands for itself alone.
 ADOPTED = (
     ("model", "load_model_path"),
-    ("model_type", "dataset_type"),
-    ("quantization", "load_in_8bit"),
     ("dtype",),
     ("dataset", "data_dir", "limit_train"),
     ("max_seq_len",),
@@ -48,6 +46,8 @@ ADOPTED = (
     ("append_eos",),
     ("ensemble_average",),
 )
+# Two spellings of one thing: where either is given, neither is taken.
+ALTERNATIVES = (("model_type", "dataset_type"), ("quantization", "load_in_8bit"))
 
 # --protocol: what the published multiple-choice runs did, and what is done here. Every entry is a
 # flag of its own; the preset fills in those that were not given.
@@ -71,6 +71,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "whole_epochs": True,
     },
 }
+
+# Switches that make a run execute code that it was not shipped with.
+CODE_SWITCHES = ("trust_remote_code",)
+LONGEST_TEXT = 4096  # of a flag: as long as a path can be
 
 # Said of one call, not of the run: `--config` does not repeat them.
 NOT_REPEATED = ("config", "resume", "overwrite")
@@ -106,24 +110,136 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
-    def parse_strictly(self, argv: Sequence[str]) -> Args:
-        """All flags with their values; `given` has those that stand in `argv`, default or not."""
+    def parse_strictly(
+        self, argv: Sequence[str], stored: Mapping[str, Any] | None = None, where: str = ""
+    ) -> Args:
+        """All flags with their values.
+
+        Args:
+            argv: the command line.
+            stored: flags of a file (by attribute name), which hold where `argv` says nothing.
+            where: that file, and on whose behalf it is read.
+        Returns:
+            the flags; `given` has those that `argv` or `stored` set, default or not.
+        Raises:
+            UsageError: an unknown flag, a broken rule, or code that only a file asks for.
+        """
         absent = object()
         actions = [action for action in self._actions if action.dest != "help"]
         args = Args(**{action.dest: absent for action in actions})
         _, unknown = self.parse_known_args(argv, args)
-        said = {key: value for key, value in vars(args).items() if value is not absent}
-        for action in actions:
-            if action.dest not in said:
-                setattr(args, action.dest, action.default)
-        args.given = {key: value for key, value in said.items() if key not in NOT_REPEATED}
         if unknown:
             flag = unknown[0].partition("=")[0]
             if not flag.startswith("-"):
-                raise UsageError(f"unexpected value '{flag}': it follows no flag that takes it.")
+                raise UsageError(
+                    f"unexpected value {quoted(flag)}: it follows no flag that takes it."
+                )
             hint = did_you_mean(flag, self._option_string_actions)
-            raise UsageError(f"unknown flag {flag}{hint} `python main.py --help` lists them.")
+            raise UsageError(
+                f"unknown flag {quoted(flag)}{hint} `python main.py --help` lists them."
+            )
+        said = {key: value for key, value in vars(args).items() if value is not absent}
+        return self._completed(said, stored or {}, where)
+
+    def settings(self, called: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> Args:
+        """All flags with their values, for a call in Python instead of a command line.
+
+        Args:
+            called: what the caller has said, by attribute name.
+            stored: flags of a file, which hold where the caller said nothing.
+            where: that file, and on whose behalf it is read.
+        Raises:
+            UsageError: as `parse_strictly`.
+        """
+        known = {action.dest: action for action in self._actions}
+        said = {key: flag_value(known[key], value, "the call") for key, value in called.items()}
+        return self._completed(said, stored, where)
+
+    def _completed(self, said: dict[str, Any], stored: Mapping[str, Any], where: str) -> Args:
+        known = {action.dest: action for action in self._actions if action.dest != "help"}
+        said = dict(said)
+        for key, value in stored.items():
+            if key in said or key in NOT_REPEATED:
+                continue
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise UsageError(f"{where}: unknown flag {quoted(key)}{hint}")
+            said[key] = stored_value(known[key], value, where)
+        args = Args(**{key: said.get(key, action.default) for key, action in known.items()})
+        args.given = {key: value for key, value in said.items() if key not in NOT_REPEATED}
         return args
+
+
+def stored_value(action: argparse.Action, value: Any, where: str) -> Any:
+    """A flag's value from a file: `flag_value`, but what runs code counts on the call only.
+
+    Raises:
+        UsageError: the value breaks the flag's rule, or is a FILE.py:NAME or --trust-remote-code.
+    """
+    flag = action.option_strings[0]
+    said = f"{where}: {action.dest} is {quoted(value)}; {flag}"
+    if action.dest in CODE_SWITCHES and value is not False:
+        raise UsageError(
+            f"{said} runs code, which a file cannot decide: pass {flag} on this call, or remove it."
+        )
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(item, str) and names_code(item) for item in values):
+        raise UsageError(
+            f"{said} would run that file, which another file cannot decide: pass it on this call."
+        )
+    return flag_value(action, value, where)
+
+
+def flag_value(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value that did not come from a command line, under the rules of its flag.
+
+    It never becomes part of a command line, so it cannot turn into another flag.
+
+    Args:
+        action: the flag.
+        value: as JSON or Python have it: a switch is a boolean, a number a number.
+        where: who says so, for the message.
+    Raises:
+        UsageError: the value breaks the flag's rule.
+    """
+    flag = action.option_strings[0]
+
+    def refuse(rule: str) -> NoReturn:
+        raise UsageError(f"{where}: {action.dest} is {quoted(value)}; {flag} {rule}.")
+
+    if value is None:
+        if action.default is None or action.type is optional:
+            return None
+        refuse("needs a value")
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != (action.nargs in ("+", "*")):
+        refuse("takes one value" if isinstance(value, list) else "takes a list")
+    if not values:
+        refuse("takes a list of at least one")
+    converted = [_converted(action, item, refuse) for item in values]
+    return converted if isinstance(value, list) else converted[0]
+
+
+def _converted(action: argparse.Action, value: Any, refuse: Callable[[str], NoReturn]) -> Any:
+    is_switch = action.type is boolean or action.nargs == 0
+    if isinstance(value, bool):
+        if not is_switch and value is not action.const:
+            refuse("takes no boolean")
+        return value
+    if is_switch:
+        refuse("takes true or false")
+    if not isinstance(value, str) and (
+        action.type in (None, optional, text) or not isinstance(value, int | float)
+    ):
+        refuse("takes a text" if action.type in (None, optional, text) else "takes a number")
+    convert = action.type or text
+    try:
+        value = convert(value if isinstance(value, str) else repr(value))
+    except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+        refuse(f"{error}" if isinstance(error, argparse.ArgumentTypeError) else "takes another")
+    if action.choices is not None and value not in action.choices:
+        refuse(f"takes one of {', '.join(map(str, action.choices))}")
+    return value
 
 
 # --- value types: each says the rule when it is broken -------------------------------------------
@@ -139,31 +255,69 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is not a boolean; pass true or false")
 
 
-def optional(text: str) -> str | None:
+def text(value: str) -> str:
+    """A text that names something: not empty, and of characters that a file's name can have."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError(
+            "must not be empty (an empty value usually is an unset variable in a script)"
+        )
+    if any(character < " " or "\ud800" <= character <= "\udfff" for character in value):
+        raise argparse.ArgumentTypeError(
+            f"must have no control characters and no broken ones, but is {quoted(value)}"
+        )
+    if len(value) > LONGEST_TEXT:
+        raise argparse.ArgumentTypeError(
+            f"must have at most {LONGEST_TEXT} characters, but has {len(value)}"
+        )
+    return value
+
+
+def optional(value: str) -> str | None:
     """A text; the word None means that there is none."""
-    return None if text.lower() == "none" else text
+    return None if value.lower() == "none" else text(value)
 
 
 def _number(convert: type, minimum: float, maximum: float, exclusive: bool, rule: str) -> Callable:
-    def parse(text: str):
+    def parse(value: str):
         try:
-            value = convert(text)
+            number = convert(value)
         except ValueError:
-            value = math.nan
-        inside = minimum < value <= maximum if exclusive else minimum <= value <= maximum
+            number = math.nan
+        inside = minimum < number <= maximum if exclusive else minimum <= number <= maximum
         if not inside:
-            raise argparse.ArgumentTypeError(f"must be {rule}, but is '{text}'")
-        return value
+            raise argparse.ArgumentTypeError(f"must be {rule}, but is {quoted(value)}")
+        return number
 
     return parse
 
 
-positive_int = _number(int, 1, math.inf, False, "a whole number of at least 1")
-count = _number(int, 0, math.inf, False, "a whole number of at least 0")
+def whole(minimum: int, maximum: int) -> Callable[[str], int]:
+    """A whole number from `minimum` to `maximum`."""
+    rule = f"a whole number of at least {minimum} and at most {maximum}"
+    return _number(int, minimum, maximum, False, rule)
+
+
+def between(minimum: float, maximum: float) -> Callable[[str], float]:
+    """A number from `minimum` to `maximum`."""
+    return _number(float, minimum, maximum, False, f"a number between {minimum:g} and {maximum:g}")
+
+
+def above(minimum: float, maximum: float) -> Callable[[str], float]:
+    """A number greater than `minimum`, up to `maximum`."""
+    rule = f"a number greater than {minimum:g}, up to {maximum:g}"
+    return _number(float, minimum, maximum, True, rule)
+
+
+# Wider than anything that makes sense, narrow enough that nothing overflows or fills a memory.
+LARGEST = 10**9
+positive_int = whole(1, LARGEST)
+count = whole(0, LARGEST)
 seed = _number(int, 0, 2**32 - 1, False, "a whole number between 0 and 2^32 - 1")
-positive_float = _number(float, 0, 1e30, True, "a number greater than 0")
-nonnegative_float = _number(float, 0, 1e30, False, "a number of at least 0")
-fraction = _number(float, 0, 1, False, "a number between 0 and 1")
+draws = whole(1, 100_000)
+positive_float = above(0, 1e9)
+nonnegative_float = between(0, 1e9)
+learning_rate = above(0, 1_000)
+fraction = between(0, 1)
 
 
 def add_switch(group, *names: str, help: str, default: bool = False) -> None:
@@ -179,13 +333,13 @@ def add_switch(group, *names: str, help: str, default: bool = False) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The group "run": where the run is kept, how it is seeded and followed."""
     run = parser.add_argument_group("run")
-    run.add_argument("--modelwrapper", metavar="METHOD", help="a method's name, or FILE.py:CLASS")
+    run.add_argument("--modelwrapper", type=text, metavar="METHOD", help="a name, or FILE.py:CLASS")
     run.add_argument("--seed", type=seed, default=1, help="seed of weights and everything below")
     run.add_argument("--seed-data", type=seed, help="seed of the training order (default: --seed)")
     run.add_argument(
         "--seed-sampling", type=seed, help="seed of the posterior's draws (default: --seed)"
     )
-    run.add_argument("--config", metavar="FILE", help="a stored args.json to run again")
+    run.add_argument("--config", type=text, metavar="FILE", help="a stored args.json to run again")
     run.add_argument("--output-dir", default="checkpoints", help="root of all run folders")
     run.add_argument("--log-path", default="default", help="name of the run's folder")
     run.add_argument("--checkpoint-name", default="default", help="name of the run's folder, too")
@@ -200,7 +354,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--tracker", choices=["none", "wandb", "tensorboard"], help="default: wandb")
     add_switch(run, "--nowand", help="no wandb (the same as --tracker none)")
-    run.add_argument("--wandb-entity", type=optional)
+    run.add_argument("--wandb-entity")
     run.add_argument("--wandb-project", default="bayesian-peft")
     run.add_argument("--wandb-name", default="", help="default: the run folder's name")
     for name, reason in WITHOUT_EFFECT.items():
@@ -238,11 +392,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--grad-accum-steps", type=positive_int, default=1)
     add_switch(training, "--gradient-checkpointing", help="less memory for more time")
     training.add_argument("--opt", choices=["adamw", "adam", "sgd"], default="adamw")
-    training.add_argument("--lr", type=positive_float, default=1e-4)
+    training.add_argument("--lr", type=learning_rate, default=1e-4)
     training.add_argument(
-        "--opt-wd", type=nonnegative_float, help="weight decay (default: 0; map 1e-5)"
+        "--opt-wd", type=between(0, 1_000), help="weight decay (default: 0; map 1e-5)"
     )
-    training.add_argument("--adam-epsilon", type=positive_float, default=1e-6)
+    training.add_argument("--adam-epsilon", type=above(0, 1), default=1e-6)
     training.add_argument("--warmup-ratio", type=fraction, default=0.0, help="share of the updates")
     training.add_argument(
         "--eval-per-steps", type=count, default=500, help="updates between evaluations; 0: none"
@@ -253,15 +407,15 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--eval-batch-size", type=positive_int, default=32, help="rows per forward, draws included"
     )
-    training.add_argument("--num-bins", type=positive_int, default=15, help="bins of the ECE")
+    training.add_argument("--num-bins", type=whole(1, 10_000), default=15, help="bins of the ECE")
     training.add_argument(
-        "--bayes-train-n-samples", type=positive_int, default=1, help="draws per training step"
+        "--bayes-train-n-samples", type=draws, default=1, help="draws per training step"
     )
     training.add_argument(
-        "--bayes-eval-n-samples", type=positive_int, default=1, help="draws while training"
+        "--bayes-eval-n-samples", type=draws, default=1, help="draws while training"
     )
     training.add_argument(
-        "--bayes-eval-n-samples-final", type=positive_int, default=10, help="draws at the end"
+        "--bayes-eval-n-samples-final", type=draws, default=10, help="draws at the end"
     )
     add_switch(training, "--bayes-inference-notsample", help="predict with the posterior mean")
     add_switch(
@@ -272,7 +426,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The group "model and LoRA": base model and adapter."""
     model = parser.add_argument_group("model and LoRA")
-    model.add_argument("--model", help="hub id, local folder, smollm2-135m or minilm-l6")
+    model.add_argument("--model", type=text, help="hub id, local folder, smollm2-135m or minilm-l6")
     model.add_argument("--model-type", choices=["causallm", "seqcls"])
     model.add_argument("--load-model-path", type=optional, help="base weights, if not --model's")
     model.add_argument(
@@ -281,13 +435,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--quantization", choices=["none", "8bit", "4bit"], help="of the base")
     add_switch(model, "--load-in-8bit", help="the same as --quantization 8bit")
     add_switch(model, "--trust-remote-code", help="run code that comes with a hub model")
-    model.add_argument("--lora-r", type=positive_int, help="default: 8, or the adapter's")
-    model.add_argument("--lora-alpha", type=positive_int, help="default: 16, or the adapter's")
+    model.add_argument("--lora-r", type=whole(1, 16_384), help="default: 8, or the adapter's")
+    model.add_argument(
+        "--lora-alpha", type=whole(1, 1_000_000), help="default: 16 or the adapter's"
+    )
     model.add_argument(
         "--lora-dropout", type=fraction, help="default: 0 (mcdropout 0.1), or the adapter's"
     )
     model.add_argument(
-        "--target-modules", nargs="+", help="names of the layers to adapt (default: by model)"
+        "--target-modules",
+        nargs="+",
+        type=text,
+        help="layers to adapt (default: by model)",
     )
     add_switch(model, "--apply-classhead-lora", help="query, value and the output head")
     add_switch(model, "--apply-qkv-head-lora", help="query, key, value and the output head")
@@ -300,7 +459,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """The group "data": rows and their split."""
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", "--task", help="a data set's name, or FILE.py:NAME")
+    data.add_argument("--dataset", "--task", type=text, help="a data set's name, or FILE.py:NAME")
     data.add_argument("--dataset-type", choices=["mcdataset", "bertds"])
     data.add_argument("--data-dir", help="folder with train, validation or test files")
     data.add_argument(
@@ -327,12 +486,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--seed-split", type=seed, default=0, help="seed of what is held out")
     data.add_argument(
-        "--ood-datasets", nargs="+", help="shifted data sets to evaluate the same posterior on"
+        "--ood-datasets",
+        nargs="+",
+        type=text,
+        help="shifted data to evaluate the posterior on",
     )
     data.add_argument(
         "--ood-ori-dataset", type=optional, help="the data set that a loaded adapter was trained on"
     )
-    data.add_argument("--max-seq-len", type=positive_int, default=300, help="tokens per row")
+    data.add_argument("--max-seq-len", type=whole(1, 10_000_000), default=300, help="tokens")
     data.add_argument("--limit-train", type=count, default=0, help="first rows only; 0: all")
     data.add_argument("--limit-eval", type=count, default=0, help="first rows only; 0: all")
     add_switch(data, "--pad-to-max-length", help="pad every batch to --max-seq-len")
@@ -388,7 +550,7 @@ def first_pass(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     """The method that is meant, and the flags that `--config`'s run was given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--modelwrapper")
-    parser.add_argument("--config")
+    parser.add_argument("--config", type=text)
     try:
         known, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -401,32 +563,39 @@ def first_pass(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
             raise UsageError(
                 f"--config: {known.config} is not a run's args.json: it has no object 'given'."
             )
-    return known.modelwrapper or config.get("modelwrapper"), config
+    method = known.modelwrapper
+    if method is None and isinstance(config.get("modelwrapper"), str):
+        method = config["modelwrapper"]
+        if names_code(method):
+            raise UsageError(
+                f"--config: the method of {known.config} is {quoted(method)}, a file that another "
+                "file cannot let run: pass --modelwrapper as well."
+            )
+    return method, config
 
 
 def finish(
-    parser: Parser,
-    argv: Sequence[str],
-    config: dict[str, Any],
-    check_method: Callable[[Args], None],
+    args: Args, parser: Parser, check_method: Callable[[Args], None], adopts: bool = True
 ) -> Args:
-    """Parse strictly, fill in what follows from other flags, and check that all go together.
+    """Fill in what follows from other flags, and check that all go together.
 
+    Args:
+        args: from `parser.parse_strictly` or `parser.settings`.
+        parser: of `build_parser`.
+        check_method: the method's own check.
+        adopts: whether the run that trained the loaded adapter is asked for what was not said.
     Raises:
-        UsageError: unknown flags, broken rules, contradictions (both flags are named).
+        UsageError: flags that are missing, contradictions (both flags are named).
     """
-    args = parser.parse_strictly([*_as_argv(parser, config), *argv])
-    if ".py:" not in (args.modelwrapper or ""):
+    if not names_code(args.modelwrapper or ""):
         args.modelwrapper = (args.modelwrapper or "").lower()
 
-    trained = _adopt_from_run(args)
+    trained = _adopt_from_run(args, parser) if adopts else {}
     args.adapter_dataset = trained.get("dataset")
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(args, name) is not None:
             notice_once(f"{_spelling(name)} has no effect: {reason}.")
-    for required in ("modelwrapper", "dataset", "model"):
-        if not getattr(args, required):
-            raise UsageError(f"--{required} is missing; see `python main.py --help`.")
+    _check_required(args, trained)
     _match_types(args)
     if args.n_epochs and args.max_train_steps:
         raise UsageError(
@@ -478,27 +647,70 @@ def finish(
     return args.freeze()
 
 
-def _adopt_from_run(args: Args) -> dict[str, Any]:
+def _check_required(args: Args, trained: Mapping[str, Any]) -> None:
+    """All flags that are missing, in one message."""
+    missing = [f"--{n}" for n in ("modelwrapper", "dataset", "model") if not getattr(args, n)]
+    if args.dataset_type is None and args.model_type is None:
+        missing.append("--dataset-type")
+    if not missing:
+        return
+    hints = []
+    if "--dataset" in missing and trained.get("dataset"):
+        hints.append(
+            f"The adapter was trained on {quoted(trained['dataset'])}, a file that another file "
+            "cannot let run: pass it as --dataset."
+        )
+    if "--dataset-type" in missing:
+        hints.append(
+            "--dataset-type mcdataset reads answers from a causal LM, bertds trains a classifier."
+        )
+    hints.append("See `python main.py --help`.")
+    verb = "is" if len(missing) == 1 else "are"
+    raise UsageError(f"{', '.join(missing)} {verb} missing. {' '.join(hints)}")
+
+
+def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
     """What `--load-lora-path RUN` knows of its base model and data need not be said again.
 
     Returns:
-        all flags of that run; none where there is no args.json.
+        the flags of that run that matter here, under the rules of their flags; none where there is
+        no args.json.
+    Raises:
+        UsageError: it is no args.json, a value breaks its flag's rule, or code of a model that only
+            this file names would run.
     """
     if args.load_lora_path is None or args.load_lora_huggingface_repo is not None:
         return {}
     file = Path(args.load_lora_path) / "args.json"
-    if not file.is_file():
+    if not file.exists():
         return {}
     content = read_json(file, "--load-lora-path")
-    trained = content.get("args") if isinstance(content, dict) else None
-    if not isinstance(trained, dict):
+    stored = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(stored, dict):
         raise UsageError(f"--load-lora-path: {file} is no run's args.json; remove or restore it.")
-    for group in ADOPTED:
+    actions = {action.dest: action for action in parser._actions}
+    names = [*(name for group in (*ADOPTED, *ALTERNATIVES) for name in group), "hold_out"]
+    dataset = stored.get("dataset")
+    trained_in_file = isinstance(dataset, str) and names_code(dataset)
+    trained = {
+        name: stored_value(actions[name], stored[name], f"--load-lora-path: {file}")
+        for name in names
+        if name in stored and not (trained_in_file and name == "dataset")
+    }
+    for group in (*ADOPTED, *ALTERNATIVES):
         is_preset = "protocol" in args.given and group[0] in PROTOCOLS[args.protocol]
-        if not is_preset and not any(name in args.given for name in group):
-            for name in group:
-                setattr(args, name, trained.get(name, getattr(args, name)))
-    return trained
+        decisive = group if group in ALTERNATIVES else group[:1]
+        if is_preset or any(name in args.given for name in decisive):
+            continue
+        for name in group:
+            if name not in args.given and name in trained:
+                setattr(args, name, trained[name])
+    if args.trust_remote_code and args.model is not None and "model" not in args.given:
+        raise UsageError(
+            f"--trust-remote-code runs code that comes with the base model, but the base model, "
+            f"{quoted(args.model)}, is named by {file} only: pass --model yourself."
+        )
+    return trained | ({"dataset": dataset} if trained_in_file else {})
 
 
 # Which rows are held out depends on these.
@@ -541,29 +753,9 @@ def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
     args.hold_out = wanted
 
 
-def _as_argv(parser: Parser, config: dict[str, Any]) -> list[str]:
-    """Stored flags as a command line: so they pass the same checks as any other."""
-    spellings = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
-    argv: list[str] = []
-    for key, value in config.items():
-        if key in NOT_REPEATED:
-            continue
-        if key not in spellings:
-            raise UsageError(f"--config: unknown flag '{key}'{did_you_mean(key, spellings)}")
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            argv += [spellings[key], *map(str, values)]
-    return argv
-
-
 def _match_types(args: Args) -> None:
     """--dataset-type and --model-type come in two pairs; one of them is enough."""
     pairs = {"mcdataset": "causallm", "bertds": "seqcls"}
-    if args.dataset_type is None and args.model_type is None:
-        raise UsageError(
-            "--dataset-type is missing: mcdataset reads answers from a causal LM, bertds trains a "
-            "classifier."
-        )
     if args.model_type is None:
         args.model_type = pairs[args.dataset_type]
     if args.dataset_type is None:

@@ -33,8 +33,7 @@ MOST_DEPTH = 64  # of nested JSON
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
-Text = Annotated[str, StringConstraints(max_length=4096)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # or a path
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Nonnegative = Annotated[FiniteFloat, Field(ge=0)]
@@ -246,5 +245,7 @@ def check_tensor(
         found = str(tensor.dtype).removeprefix("torch.")
         raise UsageError(f"{where}: {quoted(name)} is of type {found}; it must be one of {kinds}.")
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise UsageError(f"{where}: {quoted(name)} has values that are not finite.")
+        raise UsageError(
+            f"{where}: {quoted(name)} has values that are not numbers (NaN or infinite)."
+        )
     return tensor

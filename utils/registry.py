@@ -18,6 +18,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
+def names_code(name: str) -> bool:
+    """Whether a name is a FILE.py:NAME, which is executed when it is looked up."""
+    return ".py:" in name
+
+
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     """The entry `name` of `table`, or the object that `path/to/file.py:NAME` names.
 
@@ -28,7 +33,7 @@ def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     Raises:
         UsageError: an unknown name (with the nearest one), or a file without that name.
     """
-    if ".py:" in name:
+    if names_code(name):
         return load_from_file(name, what)
     for key, value in table.items():
         if key.lower() == name.lower():

@@ -11,17 +11,149 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 from torch import Tensor
 
-from utils.errors import RunError, UsageError
+from utils.errors import RunError, UsageError, quoted
 from utils.files import write_atomically, write_json, write_tensors
 from utils.logging import logger
-from utils.records import read_json, read_tensors
+from utils.records import (
+    Count,
+    Name,
+    Nonnegative,
+    Record,
+    RecordType,
+    as_record,
+    read_json,
+    read_tensors,
+)
 
 KEPT_STATES = 2
+ARGS_FILE, METRICS_FILE, HISTORY_FILE, LOG_FILE = (
+    *("args.json", "metrics.json", "history.jsonl", "log.txt"),
+)
+FORMAT_VERSION = 1  # of a run's JSON files; those without the key are older, and read as 1
+LONGEST_ARGUMENT = 2**17  # characters: what Linux passes to a program
+
+
+# --- what the files say -------------------------------------------------------------------------
+
+
+def _flag_value(value: Any) -> Any:
+    """A flag's value as JSON has it: a scalar, or a list of scalars."""
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, bool | int | float | str | None):
+            raise ValueError("a flag is a text, a number, true, false, null or a list of those")
+        if isinstance(item, str) and len(item) > LONGEST_ARGUMENT:
+            raise ValueError(f"a flag has at most {LONGEST_ARGUMENT} characters")
+    return value
+
+
+FlagValue = Annotated[Any, AfterValidator(_flag_value)]
+Flags = Annotated[dict[Name, FlagValue], Field(max_length=10_000)]
+Share = Annotated[FiniteFloat, Field(ge=0, le=1.001)]  # a float32's rounding may pass 1
+
+
+class RunRecord(Record):
+    """args.json: what a run was told, and what made it.
+
+    Attributes:
+        args: every flag with the value that the run uses; empty in a file made for --config by hand.
+        given: those that were passed; empty in the oldest files.
+        run: command, commit, host, start time and versions of libraries.
+    """
+
+    args: Flags = Field(default_factory=dict)
+    given: Flags = Field(default_factory=dict)
+    run: Annotated[dict[Name, Any], Field(max_length=1_000)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RunRecord:
+        if not self.model_fields_set & {"args", "given"}:
+            raise ValueError("it has neither an object 'args' nor an object 'given'")
+        return self
+
+    @property
+    def repeated(self) -> dict[str, Any]:
+        """The flags that `--config` passes again: those that were given, or else all."""
+        return self.given if "given" in self.model_fields_set else self.args
+
+
+class Scaled(Record):
+    """What the temperature that was fitted on held-out rows makes of a data set's metrics."""
+
+    temperature: FiniteFloat
+    acc: Share
+    ece: Share
+    nll: FiniteFloat
+    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)]
+
+
+class Block(Record):
+    """A data set's metrics. Those that an overridden `evaluate` does not know are None."""
+
+    acc: Share
+    ece: Share
+    nll: FiniteFloat
+    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)]
+    split: Name = "?"
+    num_bins: Count | None = None
+    seconds: Nonnegative | None = None
+    n_examples: Count | None = None
+    n_draws: Count | None = None
+    temperature_scaled: Scaled | None = None
+
+
+class MetricsRecord(Record):
+    """metrics.json: what a finished run has measured.
+
+    Attributes:
+        datasets: data set -> its metrics; the run's own first.
+        files: what the run has written into its folder; None in files of older versions.
+    """
+
+    modelwrapper: Name | None = None
+    model: Name | None = None
+    seed: int | None = None
+    updates: Count | None = None
+    training_seconds: Nonnegative | None = None
+    peak_memory_bytes: Count | None = None
+    datasets: Annotated[dict[Name, Block], Field(min_length=1, max_length=10_000)]
+    files: Annotated[list[Name], Field(max_length=100_000)] | None = None
+
+
+def read_run_record(path: Path, what: str) -> RunRecord:
+    """A run's args.json, whatever version wrote it.
+
+    Args:
+        path: of the file.
+        what: on whose behalf it is read, for the message: a flag.
+    Raises:
+        UsageError: there is none, it is damaged, or a newer version wrote it.
+    """
+    return _read_versioned(path, RunRecord, what, "Restore the file, or make the run again.")
+
+
+def read_metrics_record(path: Path, what: str) -> MetricsRecord:
+    """A run's metrics.json, whatever version wrote it; see `read_run_record`."""
+    return _read_versioned(path, MetricsRecord, what, "Restore the file, or make the run again.")
+
+
+def _read_versioned(path: Path, record: type[RecordType], what: str, remedy: str) -> RecordType:
+    content = read_json(path, what)
+    where = f"{what}: {path}"
+    version = content.get("format_version", 1) if isinstance(content, dict) else 1
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise UsageError(f"{where}: key 'format_version' is {quoted(version)}, no count. {remedy}")
+    if version > FORMAT_VERSION:
+        raise UsageError(
+            f"{where}: it has format_version {quoted(version)}, which a newer version of this "
+            f"project wrote; this one reads up to {FORMAT_VERSION}: update it."
+        )
+    return as_record(content, record, where, remedy)
 
 
 # --- nested state <-> safetensors + JSON --------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What runs a wrapper, and what brings it to disk and back; knows it by its hooks only."""
