@@ -30,7 +30,7 @@ from utils.args import Args, build_parser, finish, first_pass
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError
 from utils.files import write_json
-from utils.logging import init_tracker, logger, name_process, setup_logging
+from utils.logging import check_tracker, init_tracker, logger, name_process, setup_logging
 from utils.metrics import Metrics
 from utils.run_folder import RunFolder, run_folder_path
 
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> Metrics:
     setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
     args = parse_args(argv)
     name_process(args)
+    check_tracker(args)
     accelerator = build_accelerator(args)
     folder = open_run_folder(args, accelerator)
     if args.resume and (finished := folder.finished()):

@@ -457,17 +457,17 @@ def with_nan(log_probs):
     "damage, reason",
     [
         (lambda f: (f / "metrics.json").unlink(), "not finished"),
-        (lambda f: (f / "metrics.json").write_text("[1"), "cannot be read as JSON"),
+        (lambda f: (f / "metrics.json").write_text("[1"), "not valid JSON"),
         (lambda f: (f / "metrics.json").write_text("[]"), "no JSON object"),
         (lambda f: (f / "metrics.json").write_text("{}"), "no 'datasets'"),
-        (lambda f: (f / "args.json").write_bytes(b"\xff\x00"), "cannot be read as JSON"),
+        (lambda f: (f / "args.json").write_bytes(b"\xff\x00"), "not UTF-8 text"),
         (lambda f: (f / "predictions.safetensors").unlink(), "there is no predictions"),
         (cut, "cannot be read as safetensors"),
         (change(log_probs=with_nan), "not finite"),
-        (change(log_probs=lambda t: t[:, 0]), "has shapes"),
+        (change(log_probs=lambda t: t[:, 0]), "has shape (150, 3)"),
         (change(log_probs=lambda t: t + 1), "do not add up"),
         (change(labels=lambda t: t + 7), "outside of its 3 classes"),
-        (change(labels=lambda t: t[:9]), "has shapes"),
+        (change(labels=lambda t: t[:9]), "has shape (9,)"),
         (change(index=lambda t: t * 0), "twice"),
     ],
 )
@@ -506,7 +506,7 @@ def test_unknown_keys_and_wrong_types_do_no_harm(tmp_path):
     (folder / "args.json").unlink()
     report = report_on(tmp_path)
     assert report.num_runs == 1 and not report.skipped
-    assert "metrics.json says high" in report.notes[0]
+    assert "metrics.json says 'high'" in report.notes[0]
 
 
 def test_stored_metrics_that_disagree_are_said(tmp_path):

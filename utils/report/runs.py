@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -10,14 +11,24 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from safetensors import safe_open
+import torch
+from pydantic import Field, FiniteFloat, ValidationError
 
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
-from utils.errors import UsageError
-from utils.records import read_json
+from utils.errors import UsageError, quoted
+from utils.records import (
+    INTEGERS,
+    Count,
+    Record,
+    check_tensor,
+    read_bytes,
+    read_json,
+    read_tensors_and_metadata,
+)
+from utils.report.escape import LONGEST_TEXT, shorten
 
 # Flags that say where and how a run was kept, watched or repeated, not what it computed. Two runs
 # that differ in nothing else belong to one row of the tables.
@@ -35,6 +46,10 @@ NOT_SETTINGS = frozenset(
     }
 )
 BLOCK = 2_000_000  # numbers of draws at once: 16 MB in double precision
+MOST_NUMBERS = 2**30  # of a file's draws: 4 GiB in single precision
+MOST_CLASSES = 1000
+MOST_HISTORY = 2**28  # bytes of history.jsonl
+MOST_NLL = 1e9  # in a plot
 NOT_RUNS = ("state", "wandb", "tensorboard")  # folders that hold no run
 SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?(\d+)")
 
@@ -49,6 +64,12 @@ class Skipped:
 
     path: Path
     reason: str
+
+    @property
+    def line(self) -> str:
+        """Both, for text."""
+        path, reason = (shorten(text, LONGEST_TEXT) for text in (str(self.path), self.reason))
+        return f"{path}: skipped: {reason}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +153,8 @@ class Predictions:
         labels: (n,)
         index: (n,) rows in their split.
         split: of the data set.
-        fingerprint: of data set, split, index, labels and the number of classes.
+        fingerprint: of data set, split, index, labels and the number of classes; the lower 32
+            bits seed the resamples.
     """
 
     draws: np.ndarray
@@ -150,16 +172,17 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
     """
     runs: list[Run] = []
     skipped: list[Skipped] = []
-    seen: set[Path] = set()
+    walked: set[tuple[int, int]] = set()
     for path in paths:
-        if not path.exists():
-            raise UsageError(f"there is no {path}; give folders of runs, such as checkpoints.")
-        if not path.is_dir():
-            raise UsageError(f"{path} is a file; give a run's folder, or one above it.")
-        for folder in _run_folders(path):
-            if folder.resolve() in seen:
-                continue
-            seen.add(folder.resolve())
+        if not os.path.exists(path):
+            raise UsageError(
+                f"there is no {quoted(str(path))}; give folders of runs, such as checkpoints."
+            )
+        if not os.path.isdir(path):
+            raise UsageError(
+                f"{quoted(str(path))} is a file; give a run's folder, or one above it."
+            )
+        for folder in _run_folders(path, walked, skipped):
             try:
                 runs.append(read_run(folder))
             except Unusable as error:
@@ -167,16 +190,34 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
     return sorted(runs, key=lambda run: str(run.folder)), skipped
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
-    walked: set[str] = set()
-    for folder, children, files in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in walked:  # a link to a folder above itself has no end
-            children.clear()
+def _run_folders(
+    root: Path, walked: set[tuple[int, int]], skipped: list[Skipped]
+) -> Iterator[Path]:
+    """Folders at or below `root` that a run has begun, those above first.
+
+    Args:
+        walked: devices and inodes of folders that are done: links may lead to one twice, or in
+            circles. Extended, as is `skipped` with folders that cannot be read.
+    """
+    waiting = [root]
+    while waiting:  # no recursion: folders may be nested deeper than Python's stack
+        folder = waiting.pop()
+        try:
+            about = os.stat(folder)
+            if (about.st_dev, about.st_ino) in walked:
+                continue
+            walked.add((about.st_dev, about.st_ino))
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            skipped.append(Skipped(folder, f"the folder cannot be read ({error.strerror})"))
             continue
-        walked.add(os.path.realpath(folder))
-        children[:] = sorted(c for c in children if c not in NOT_RUNS and not c.startswith("."))
-        if "metrics.json" in files or "args.json" in files:
-            yield Path(folder)
+        if "metrics.json" in names or "args.json" in names:
+            yield folder
+        waiting += [
+            folder / name
+            for name in reversed(names)
+            if name not in NOT_RUNS and not name.startswith(".") and os.path.isdir(folder / name)
+        ]
 
 
 def settings_key(settings: dict[str, Any]) -> str:
@@ -328,47 +369,53 @@ def read_predictions(evaluation: Evaluation) -> Predictions:
     Raises:
         Unusable: the file is missing, cut short, of another data set, or its numbers are none.
     """
-    file = evaluation.file
-    if not file.is_file():
-        raise Unusable(f"there is no {file.name}")
     try:
-        with safe_open(file, framework="np") as content:
-            metadata = content.metadata() or {}
-            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-    except Exception as error:
-        if isinstance(error, OSError | TypeError) or type(error).__name__ == "SafetensorError":
-            raise Unusable(f"{file.name} cannot be read as safetensors ({error})") from None
-        raise
-    missing = {"log_probs", "labels", "index"} - tensors.keys()
-    if missing:
-        raise Unusable(f"{file.name} has no {' and no '.join(sorted(missing))}")
-    draws, labels, index = (tensors[key] for key in ("log_probs", "labels", "index"))
-    if metadata.get("dataset", evaluation.dataset) != evaluation.dataset:
-        raise Unusable(f"{file.name} is of {metadata['dataset']}, not of {evaluation.dataset}")
-    fits = draws.ndim == 3 and 0 not in draws.shape
-    if not fits or not labels.shape == index.shape == draws.shape[:1]:
-        shapes = ", ".join(str(tuple(a.shape)) for a in (draws, labels, index))
-        raise Unusable(f"{file.name} has shapes {shapes}, not (n, N, C), (n,), (n,)")
-    if draws.dtype.kind != "f" or labels.dtype.kind not in "iu" or index.dtype.kind not in "iu":
-        raise Unusable(f"{file.name} holds {draws.dtype}, {labels.dtype}, {index.dtype}")
-    broken = sum(int((~np.isfinite(block)).any((1, 2)).sum()) for block in row_blocks(draws))
-    if broken:
-        raise Unusable(f"{file.name} has predictions of {broken} row(s) that are not finite")
-    if labels.min() < 0 or labels.max() >= draws.shape[2]:
-        raise Unusable(f"{file.name} has labels outside of its {draws.shape[2]} classes")
-    if len(np.unique(index)) != len(index):
-        raise Unusable(f"{file.name} holds a row of the data set twice")
-    if (np.diff(index) < 0).any():
-        order = np.argsort(index)
-        draws, labels, index = draws[order], labels[order], index[order]
-    labels, index = labels.astype(np.int64), index.astype(np.int64)
+        return _read_predictions(evaluation)
+    except UsageError as error:
+        raise Unusable(str(error)) from None
+    except MemoryError:
+        raise Unusable(f"{evaluation.file.name} does not fit into the memory") from None
+
+
+def _read_predictions(evaluation: Evaluation) -> Predictions:
+    name = shorten(evaluation.file.name)
+    if not os.path.lexists(evaluation.file):
+        raise Unusable(f"there is no {name}")
+    wanted = ("log_probs", "labels", "index")
+    tensors, metadata = read_tensors_and_metadata(evaluation.file, name, wanted, MOST_NUMBERS)
+    dataset = metadata.get("dataset", evaluation.dataset)
+    if dataset != evaluation.dataset:
+        raise Unusable(f"{name} is of {quoted(dataset)}, not of {quoted(evaluation.dataset)}")
+    log_probs = check_tensor(tensors, "log_probs", (None, None, None), name)
+    n, _, num_classes = log_probs.shape
+    if 0 in log_probs.shape:
+        raise Unusable(f"{name} has shape {tuple(log_probs.shape)}: it holds no predictions")
+    if num_classes > MOST_CLASSES:
+        raise Unusable(f"{name} has {num_classes} classes; at most {MOST_CLASSES} are measured")
+    labels, index = (
+        check_tensor(tensors, key, (n,), name, INTEGERS).long().numpy()
+        for key in ("labels", "index")
+    )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise Unusable(f"{name} has labels outside of its {num_classes} classes")
+    if index.min() < 0:
+        raise Unusable(f"{name} has a row of a negative index")
+    order = np.argsort(index, kind="stable")
+    if (np.diff(index[order]) == 0).any():
+        raise Unusable(f"{name} holds a row of the data set twice")
+    if log_probs.dtype == torch.bfloat16:  # numpy has no such type
+        log_probs = log_probs.float()
+    draws = log_probs.numpy()
     mass = (np.logaddexp.reduce(block.astype(float), axis=-1) for block in row_blocks(draws))
     if any(np.abs(block).max() > 1e-3 for block in mass):
-        raise Unusable(f"{file.name} holds probabilities that do not add up to 1")
+        raise Unusable(f"{name} holds probabilities that do not add up to 1")
+    if (np.diff(index) < 0).any():
+        draws, labels, index = draws[order], labels[order], index[order]
     split = str(metadata.get("split") or evaluation.stored.get("split") or "?")
-    examples = np.concatenate([[draws.shape[2]], index, labels]).tobytes()
-    fingerprint = zlib.crc32(f"{evaluation.dataset} {split} ".encode() + examples)
-    return Predictions(draws, labels, index, split, fingerprint)
+    examples = np.concatenate([[num_classes], index, labels]).tobytes()
+    described = f"{evaluation.dataset} {split} ".encode(errors="backslashreplace") + examples
+    digest = int.from_bytes(hashlib.sha256(described).digest()[:8])
+    return Predictions(draws, labels, index, split, digest << 32 | zlib.crc32(described))
 
 
 def row_blocks(draws: np.ndarray) -> Iterator[np.ndarray]:
@@ -377,24 +424,45 @@ def row_blocks(draws: np.ndarray) -> Iterator[np.ndarray]:
     return (draws[start : start + rows] for start in range(0, len(draws), rows))
 
 
-def read_history(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """(update, NLL) of training and of evaluations while training, without broken lines."""
-    curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
-    try:
-        lines = (run.folder / "history.jsonl").read_text("utf-8", errors="replace").splitlines()
-    except OSError:
+History = dict[str, list[tuple[int, float]]]
+
+
+def read_history(run: Run) -> History:
+    """(update, NLL) of training and of evaluations while training, without broken lines.
+
+    Raises:
+        Unusable: there is a history, but it cannot be read.
+    """
+    curves: History = {"train": [], "eval": []}
+    file = run.folder / "history.jsonl"
+    if not os.path.lexists(file):
         return curves
-    for line in lines:
+    try:
+        content = read_bytes(file, file.name, MOST_HISTORY)
+    except UsageError as error:
+        raise Unusable(f"no training curves: {error}") from None
+    for line in content.splitlines():
         try:
-            record = _object(json.loads(line))
-        except ValueError:  # a kill may cut a line in half
+            record = _HistoryLine.model_validate_json(line)
+        except ValidationError:  # a kill may cut a line in half
             continue
-        step = _number(record.get("step"))
-        for name, source in (("train", record), ("eval", _object(record.get("eval")))):
-            nll = _number(source.get("nll"))
-            if step is not None and nll is not None:
-                curves[name].append((int(step), nll))
+        for name, nll in (("train", record.nll), ("eval", record.eval and record.eval.nll)):
+            if nll is not None:
+                curves[name].append((record.step, nll))
     return curves
+
+
+class _Measured(Record):
+    """What a line of the history says of an evaluation."""
+
+    nll: Annotated[FiniteFloat, Field(ge=-MOST_NLL, le=MOST_NLL)] | None = None
+
+
+class _HistoryLine(_Measured):
+    """A line of history.jsonl, as far as the report shows it."""
+
+    step: Count
+    eval: _Measured | None = None
 
 
 def _read_object(file: Path) -> dict[str, Any]:
