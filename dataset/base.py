@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from dataset.sources import Row, is_folder, load_rows
 from dataset.tasks import PUBLISHED_FLAGS, Task, checked_task
-from utils.base_model import REMEDY, load_config, model_path, num_positions
+from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
 from utils.errors import UsageError, described, quoted
 from utils.logging import logger
 from utils.registry import lookup, users_code
@@ -51,7 +51,7 @@ def load_tokenizer(args) -> PreTrainedTokenizerBase:
         except BaseException as error:
             # transformers raises OSError, ValueError, KeyError and others for the same thing; the
             # library below panics, with a class that is no Exception
-            problem = f"no tokenizer can be loaded for --model {quoted(name)}: {described(error)}"
+            problem = f"no tokenizer can be loaded for --model {shown(name)}: {described(error)}"
             problem += f"\n{REMEDY}"
     raise UsageError(problem)
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from utils.base_model import REMEDY, load_config, model_path
+from utils.base_model import REMEDY, load_config, model_path, shown
 from utils.errors import UsageError, described, quoted
 from utils.hub import go_offline_if_unreachable
 from utils.logging import logger
@@ -98,7 +98,7 @@ def load_model(
     except Exception as error:
         # transformers and the hub raise a dozen classes here; to the user it is one thing.
         raise UsageError(
-            f"--model {quoted(name)} cannot be loaded: {described(error)}\n{REMEDY}"
+            f"--model {shown(name)} cannot be loaded: {described(error)}\n{REMEDY}"
         ) from None
     if args.quantization == "none" and not stay_on_cpu:
         model.to(device)
@@ -111,8 +111,8 @@ def load_model(
     if lacking:
         kind = "encoder" if is_classifier else "causal LM"
         raise UsageError(
-            f"--model {quoted(name)}: there are no weights of the right shape for "
-            f"{quoted(', '.join(lacking), 400)}; it does not hold a complete {kind}."
+            f"--model {shown(name)}: there are no weights for "
+            f"{shown(', '.join(lacking))} (of that shape); it does not hold a complete {kind}."
         )
     # What has to be trained whole: see `lora_config` and `WrapperBase`.
     model.head_roots = _head_roots(model, new) if is_classifier else []
@@ -136,17 +136,20 @@ def _check_weights(auto, config: PreTrainedConfig, path: Path, name: str) -> Non
         files = sorted(path.glob("*.safetensors"))
         if not files:
             pickled = next(path.glob("*.bin"), None)
-            problem = "no *.safetensors" if pickled is None else f"{pickled.name}, a pickle"
+            if pickled is None:
+                raise UsageError(
+                    f"--model {shown(name)} cannot be loaded: no *.safetensors is in it. {REMEDY}"
+                )
             raise UsageError(
-                f"--model {quoted(name)}: its weights are {problem}; only safetensors are read. "
-                "Convert them where you trust them: load the model there, and call "
-                "`save_pretrained`."
+                f"--model {shown(name)} cannot be loaded: its weights are pickled "
+                f"({pickled.name}), and nothing is unpickled here. If you trust them, load them "
+                "with transformers and save them again: `save_pretrained` writes safetensors."
             )
         # four-bit weights are stored two to a byte; what a new head adds is small beside that
         most = min(most, 4 * sum(file.stat().st_size for file in files) + 2**24)
     if described_size > most:
         raise UsageError(
-            f"--model {quoted(name)}: config.json describes a model of {described_size} "
+            f"--model {shown(name)}: config.json describes a model of {described_size} "
             f"parameters, but its weights are those of at most {most}; one of the two is damaged."
         )
 
@@ -295,12 +298,12 @@ def _check_targets(model: PreTrainedModel, targets, origin: str) -> None:
             name for name in modules if name and (name == target or name.endswith(f".{target}"))
         ]
         others = [name for name in matched if not _takes_lora(modules[name])]
-        if others or not matched or not target:
-            problem = f"{others[0]} is no such layer" if others else "it has no layer of that name"
-            raise UsageError(
-                f"{origin} {quoted(target)}: {problem}; LoRA goes on layers with weights. The "
-                f"linear layers of this {model.config.model_type} model are: {', '.join(linear)}."
-            )
+        if others or not matched:
+            if others:
+                problem = f"{quoted(target)} names '{others[0]}', on which LoRA cannot go"
+            else:
+                problem = f"this {model.config.model_type} model has no layer {quoted(target)}"
+            raise UsageError(f"{origin}: {problem}; its linear layers are: {', '.join(linear)}.")
 
 
 def _takes_lora(module: nn.Module) -> bool:

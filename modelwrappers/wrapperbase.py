@@ -305,7 +305,7 @@ class WrapperBase(PeftModel):
             RunError: a row has no token (told where that costs no wait for a GPU).
         """
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
-        if self.is_causal:
+        if self.is_causal and "attention_mask" in inputs:
             inputs = _padded_on_the_left(inputs)
         if self._takes_position_ids:
             positions = inputs["attention_mask"].cumsum(-1) - 1

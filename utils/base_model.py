@@ -42,6 +42,11 @@ COUNTS_FROM_PADDING = {
 }
 
 
+def shown(text: str) -> str:
+    """The beginning of a name, as a message shows it."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def model_path(name: str) -> str:
     """The local folder of a base model, or its id on the hub.
 
@@ -55,9 +60,9 @@ def model_path(name: str) -> str:
             return str(path)
         exists = path.exists()
     except (OSError, ValueError) as error:  # too long, NUL in it, not allowed to look
-        raise UsageError(f"--model {quoted(name)} cannot be read ({error}). {REMEDY}") from None
+        raise UsageError(f"--model {shown(name)} cannot be read ({error}). {REMEDY}") from None
     if exists:
-        raise UsageError(f"--model {quoted(name)} is no folder. {REMEDY}")
+        raise UsageError(f"--model {shown(name)} is no folder. {REMEDY}")
     go_offline_if_unreachable()
     return name
 
@@ -67,10 +72,10 @@ def _check_folder(folder: Path, name: str) -> None:
         return
     if (folder / "adapter_config.json").exists():
         raise UsageError(
-            f"--model {quoted(name)} holds an adapter, not a model; pass it as --load-lora-path "
+            f"--model {shown(name)} holds an adapter, not a model; pass it as --load-lora-path "
             "and the model that it was trained on as --model."
         )
-    raise UsageError(f"--model {quoted(name)}: there is no config.json in it. {REMEDY}")
+    raise UsageError(f"--model {shown(name)}: there is no config.json in it. {REMEDY}")
 
 
 def load_config(name: str, trust_remote_code: bool, **settings: Any) -> PreTrainedConfig:
@@ -85,7 +90,7 @@ def load_config(name: str, trust_remote_code: bool, **settings: Any) -> PreTrain
             model has.
     """
     path = model_path(name)
-    told = f"--model {quoted(name)}"
+    told = f"--model {shown(name)}"
     if Path(path).is_dir():
         read_json(Path(path) / "config.json", told)
     try:
