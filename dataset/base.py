@@ -387,8 +387,9 @@ class DatasetBase(ABC):
                 f"{self.task.name} has no split to train on; it has {', '.join(self.task.splits)}. "
                 "Evaluate on it, or take anchors elsewhere (--testing-set train_val_val)."
             )
+        task = self.task
         rows = load_rows(
-            self.task.source, self.task.splits[split], self.args.data_dir, self.task.name
+            task.source, task.splits[split], self.args.data_dir, task.name, task.example
         )
         examples, num_cut = [], 0
         for index, (where, row) in enumerate(rows[: limit or None]):

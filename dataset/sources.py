@@ -11,7 +11,7 @@ import csv
 import io
 import math
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -84,18 +84,30 @@ Source = Hub | HubGroup | BBCNews
 
 
 def load_rows(
-    source: Source | None, split: str, data_dir: str | None, name: str
+    source: Source | None,
+    split: str,
+    data_dir: str | None,
+    name: str,
+    example: Mapping[str, Any] | None = None,
 ) -> list[tuple[str, Row]]:
     """(where, row) of one split, from `data_dir` if given, else from the task's own source.
 
     Several data sets may stand in one `data_dir`, each in a folder of its name.
 
+    Args:
+        source: where the rows are, without a `data_dir`.
+        split: the source's name of it.
+        data_dir: the folder of local files, if any.
+        name: the task's.
+        example: a row. A column that has text in it is text in a CSV, too, whatever it looks like.
     Raises:
         UsageError: nothing can be found or read there; the message says what was looked for.
     """
     if data_dir:
         folder = Path(data_dir)
-        return _local_rows(folder / name if is_folder(folder / name) else folder, split)
+        folder = folder / name if is_folder(folder / name) else folder
+        texts = {key for key, value in (example or {}).items() if isinstance(value, str)}
+        return _local_rows(folder, split, texts)
     if source is None:
         raise UsageError(f"{name} names no source of its rows; pass --data-dir DIR.")
     with users_code(f"the rows of {name}"):  # a source may be a user's own class
@@ -116,7 +128,7 @@ def is_folder(path: Path) -> bool:
 # --- local files ----------------------------------------------------------------------------------
 
 
-def _local_rows(folder: Path, split: str) -> list[tuple[str, Row]]:
+def _local_rows(folder: Path, split: str, texts: set[str]) -> list[tuple[str, Row]]:
     if not is_folder(folder):
         raise UsageError(f"--data-dir: there is no folder {quoted(str(folder))} that can be read.")
     names = [f"{split}{suffix}" for suffix in SUFFIXES]
@@ -135,6 +147,11 @@ def _local_rows(folder: Path, split: str) -> list[tuple[str, Row]]:
         )
     file = folder / found[0]
     rows = list(_READERS[file.suffix](file))
+    if file.suffix == ".csv":
+        rows = [
+            (where, {key: cell if key in texts else _nested(cell) for key, cell in row.items()})
+            for where, row in rows
+        ]
     if not rows:
         raise UsageError(f"{file} has no rows; it needs at least one.")
     return rows
@@ -183,7 +200,7 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
                 f"{where}: the row has {len(cells)} cells, the header has {len(header)}; a comma "
                 'inside of a cell needs quotes around it ("a, b"), and every quote its end.'
             )
-        yield where, {k: _nested(v) for k, v in zip(header, cells, strict=True) if k}
+        yield where, {k: v for k, v in zip(header, cells, strict=True) if k}
 
 
 def _csv_cells(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
