@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from dataset import build_dataset
+from dataset import build_dataset, check_data_sets
 from modelwrappers import build_wrapper, get_wrapper
 from modelwrappers.sharding import check_sharding, shards_base
 from utils.args import Args, build_parser, finish, first_pass
@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> Metrics:
     """
     setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
     args = parse_args(argv)
+    check_data_sets(args)
     name_process(args)
     check_tracker(args)
     accelerator = build_accelerator(args)
@@ -174,6 +175,12 @@ def run(argv: list[str] | None = None) -> int:
             "state.",
             str(error).partition(".")[0],
         )
+        return RunError.exit_code
+    except SystemExit:
+        if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+            raise
+        # whatever its code was: a run that did not come to its end must not look finished
+        logger.error("RunError: code that the run calls has ended it by sys.exit().")
         return RunError.exit_code
     except KeyboardInterrupt:
         logger.error("Interrupted; run the same command with --resume to go on.")

@@ -324,8 +324,18 @@ class WrapperBase(PeftModel):
         return output.logits[:, -1, self.target_ids]
 
     def model_inputs(self, batch: Batch) -> Batch:
-        """A batch without labels and index; positions count from the first real token."""
+        """A batch without labels and index, as the model reads it.
+
+        For a causal LM the last position must be a real token, because that is where the answer is
+        read: rows that are padded on the right are turned round to be padded on the left. Positions
+        count from the first real token.
+
+        Raises:
+            RunError: a row has no token (told where that costs no wait for a GPU).
+        """
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
+        if self.is_causal and "attention_mask" in inputs:
+            inputs = _padded_on_the_left(inputs)
         if self._takes_position_ids:
             positions = inputs["attention_mask"].cumsum(-1) - 1
             inputs["position_ids"] = positions.clamp(min=0)
@@ -944,6 +954,20 @@ class WrapperBase(PeftModel):
     def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Hook: what of an adapter's tensors is loaded; a method adds what it can do without."""
         return tensors
+
+
+def _padded_on_the_left(inputs: Batch) -> Batch:
+    """Every row moved to the right by the padding behind its last token."""
+    mask = inputs["attention_mask"]
+    if mask.device.type == "cpu" and not mask.any(-1).all():
+        raise RunError("a row of the batch is padding only: attention_mask is 0 everywhere in it.")
+    width = mask.shape[-1]
+    behind = mask.flip(-1).ne(0).int().argmax(-1, keepdim=True)  # (B, 1)
+    source = (torch.arange(width, device=mask.device) - behind) % width  # (B, T)
+    return {
+        key: value.gather(-1, source) if value.shape == mask.shape else value
+        for key, value in inputs.items()
+    }
 
 
 # --- small helpers -------------------------------------------------------------------------------

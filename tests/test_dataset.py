@@ -93,7 +93,7 @@ def test_answer_of_several_tokens_is_an_error(tiny_llama, data_dir, tmp_path):
     file.write_text(
         "from dataset.tasks import *\nimport dataclasses\n"
         "BBC = MULTIPLE_CHOICE_TASKS['bbc_headlines']\n"
-        "TASK = dataclasses.replace(BBC, choices=('xylophone',))\n"
+        "TASK = dataclasses.replace(BBC, choices=('tech', 'xylophone'))\n"
     )
     with pytest.raises(UsageError, match=r"'xylophone'.*not one token"):
         multiple_choice(tiny_llama, data_dir, task=f"{file}:TASK")
