@@ -61,7 +61,7 @@ class RunRecord(Record):
     """args.json: what a run was told, and what made it.
 
     Attributes:
-        args: every flag with the value that the run uses; empty where --config was written by hand.
+        args: every flag with the value that the run uses; empty in a --config made by hand.
         given: those that were passed; empty in the oldest files.
         run: command, commit, host, start time and versions of libraries.
     """
@@ -86,10 +86,10 @@ class Scaled(Record):
     """What the temperature that was fitted on held-out rows makes of a data set's metrics."""
 
     temperature: FiniteFloat
-    acc: Share
-    ece: Share
-    nll: FiniteFloat
-    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)]
+    acc: Share | None = None
+    ece: Share | None = None
+    nll: FiniteFloat | None = None
+    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)] | None = None
 
 
 class Block(Record):

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.errors import quoted
 from utils.report.escape import distinct, shorten
 from utils.report.measure import (
     METRICS,
@@ -50,6 +49,7 @@ from utils.uncertainty import noise_floors
 
 POINT_ESTIMATES = ("mle", "map")  # what other methods are held against, in this order
 SHOWN_FLAGS = 4  # of a row's settings, in its name
+MOST_REASONS = 20  # of a folder, why something is left out
 SCALED = " + temperature"  # after a row's name
 MOST_PARTS = 8  # of a path that are looked at, and of a flag's values that are shown
 TOLERANCE = 1e-3  # between metrics.json and what its predictions give
@@ -215,7 +215,20 @@ def collect(
             for result in (result for results in rows.values() for result in results):
                 result.replicates.clear()  # thousands of runs would fill the memory
         report.training.append(Training(shown[model], sets[source], dict(training)))
+    report.skipped = list(_bounded(report.skipped))
     return report
+
+
+def _bounded(skipped: list[Skipped]) -> Iterator[Skipped]:
+    """The first `MOST_REASONS` of each folder, and how many more: a run may name many sets."""
+    number: Counter[Path] = Counter(item.path for item in skipped)
+    shown: Counter[Path] = Counter()
+    for item in skipped:
+        shown[item.path] += 1
+        if shown[item.path] <= MOST_REASONS:
+            yield item
+        elif shown[item.path] == number[item.path]:
+            yield Skipped(item.path, f"and {number[item.path] - MOST_REASONS} more of this folder")
 
 
 def _measure_posterior(
@@ -318,17 +331,14 @@ def _measure(
 def _disagreements(result: Result, options: Options) -> list[str]:
     """Where metrics.json says something else than the predictions that it stands beside."""
     block = result.evaluation.stored
-    keys = ["acc", "nll", "brier"] + ["ece"] * (block.get("num_bins") == options.num_bins)
-    stored = block if result.temperature is None else block["temperature_scaled"]
+    keys = ["acc", "nll", "brier"] + ["ece"] * (block.num_bins == options.num_bins)
+    scored = block if result.temperature is None else block.temperature_scaled
     return [
         f"{result.evaluation.file}: its predictions give {METRICS[key].title} "
-        f"{result.values[key]:.4f}, metrics.json says {quoted(stored[key])}"
+        f"{result.values[key]:.4f}, metrics.json says {stored}"
         for key in keys
-        if key in stored
-        and not (
-            isinstance(stored[key], int | float)
-            and abs(stored[key] - result.values[key]) < TOLERANCE
-        )
+        if (stored := getattr(scored, key)) is not None
+        and abs(stored - result.values[key]) >= TOLERANCE
     ]
 
 
