@@ -106,13 +106,20 @@ def load_model(
     model.config.use_cache = False
     absent = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     new = sorted({key.rpartition(".")[0] for key in absent})
-    if new and not is_classifier:
+    roots = head_roots(model)
+    incomplete = [name for name in new if not _is_within(name, roots)]
+    if incomplete:
+        kind = "encoder" if is_classifier else "causal LM"
+        more = f" and {len(incomplete) - 5} more" if len(incomplete) > 5 else ""
         raise UsageError(
-            f"--model {args.model}: there are no weights for {', '.join(new)}; the folder does not "
-            "hold a complete causal LM."
+            f"--model {args.model}: there are no weights for {', '.join(incomplete[:5])}{more}; "
+            f"the folder does not hold a complete {kind}."
         )
-    # What has to be trained whole: see `lora_config` and `WrapperBase`.
-    model.head_roots = _head_roots(model, new) if is_classifier else []
+    if is_classifier and not roots:
+        raise UsageError(
+            f"--model {args.model}: a {type(model).__name__} does not say which part of it is the "
+            "classification head, which has to be trained; choose another --model."
+        )
     model.requires_grad_(False)
     use_exact_4bit(model)
     if args.gradient_checkpointing:
@@ -145,7 +152,7 @@ def _quantization(args, auto, config, dtype: torch.dtype) -> BitsAndBytesConfig:
     keep = None
     if args.model_type == "seqcls":
         with torch.device("meta"):
-            keep = _head_roots(auto.from_config(config), [])
+            keep = head_roots(auto.from_config(config))
     if args.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(
@@ -185,7 +192,7 @@ def lora_config(args, model: PreTrainedModel) -> LoraConfig:
         targets = _attention_targets(model, with_key=args.apply_qkv_head_lora) + heads
     _check_targets(model, targets, "--target-modules")
     is_classifier = args.model_type == "seqcls"
-    whole = [name.removeprefix(f"{model.base_model_prefix}.") for name in model.head_roots]
+    whole = [name.removeprefix(f"{model.base_model_prefix}.") for name in head_roots(model)]
     return LoraConfig(
         # Stock PEFT turns the head of a SEQ_CLS adapter into a saved module: with LoRA on the head
         # the task type must stay open, or it would skip those layers when it loads the adapter.
@@ -223,25 +230,32 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     output = model.get_output_embeddings()
     if output is not None:
         return [name for name, module in model.named_modules() if module is output]
+    roots = head_roots(model)
     return [
         name
         for name, module in model.named_modules()
-        if _is_linear(module) and any(f"{name}.".startswith(f"{r}.") for r in model.head_roots)
+        if _is_linear(module) and _is_within(name, roots)
     ]
 
 
-def _head_roots(model: PreTrainedModel, new: list[str]) -> list[str]:
+def head_roots(model: PreTrainedModel) -> list[str]:
     """Modules that turn an encoder's output into classes: all outside of it, and its pooler.
 
-    A pooler counts because it plays the part of the dense layer in RoBERTa's head, and because
-    sentence encoders (MiniLM among them) ship one that was never trained.
+    They have to be trained whole: see `lora_config` and `WrapperBase`. A pooler counts because it
+    plays the part of the dense layer in RoBERTa's head, and because sentence encoders (MiniLM among
+    them) ship one that was never trained. A causal LM has none, nor has a model in which encoder
+    and head cannot be told apart.
     """
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return []
     prefix = model.base_model_prefix
     outside = [name for name, _ in model.named_children() if name != prefix]
     inside = [f"{prefix}.pooler"] if getattr(model.base_model, "pooler", None) is not None else []
-    roots = inside + outside
-    roots += [n for n in new if not any(f"{n}.".startswith(f"{root}.") for root in roots)]
-    return [name for name in roots if _has_weights(model, name)]
+    return [name for name in inside + outside if _has_weights(model, name)]
+
+
+def _is_within(name: str, roots: list[str]) -> bool:
+    return any(f"{name}.".startswith(f"{root}.") for root in roots)
 
 
 def _has_weights(model: nn.Module, name: str) -> bool:
