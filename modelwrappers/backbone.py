@@ -108,15 +108,19 @@ def load_model(
     model.config.use_cache = False
     absent = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     new = sorted({key.rpartition(".")[0] for key in absent})
-    lacking = [name for name in new if not is_classifier or _is_inside(model, name)]
+    roots = head_roots(model)
+    lacking = [name for name in new if not _is_within(name, roots)]
     if lacking:
         kind = "encoder" if is_classifier else "causal LM"
         raise UsageError(
             f"--model {shown(name)}: there are no weights for "
             f"{shown(', '.join(lacking))} (of that shape); it does not hold a complete {kind}."
         )
-    # What has to be trained whole: see `lora_config` and `WrapperBase`.
-    model.head_roots = _head_roots(model, new) if is_classifier else []
+    if is_classifier and not roots:
+        raise UsageError(
+            f"--model {shown(name)}: a {type(model).__name__} does not say which part of it is the "
+            "classification head, which has to be trained; choose another --model."
+        )
     model.requires_grad_(False)
     use_exact_4bit(model)
     if args.gradient_checkpointing:
@@ -156,12 +160,6 @@ def _check_weights(auto, config: PreTrainedConfig, path: Path, name: str) -> Non
         )
 
 
-def _is_inside(model: PreTrainedModel, name: str) -> bool:
-    """Whether it is a part of the encoder that only pre-training can fill: all but its pooler."""
-    prefix = f"{model.base_model_prefix}."
-    return f"{name}.".startswith(prefix) and not name.startswith(f"{prefix}pooler")
-
-
 def _first(token: int | list[int] | None) -> int | None:
     return token[0] if isinstance(token, list) else token
 
@@ -187,7 +185,7 @@ def _quantization(args, auto, config, dtype: torch.dtype) -> BitsAndBytesConfig:
     keep = None
     if args.model_type == "seqcls":
         with torch.device("meta"):
-            keep = _head_roots(auto.from_config(config), [])
+            keep = head_roots(auto.from_config(config))
     if args.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(
@@ -230,7 +228,7 @@ def lora_config(args, model: PreTrainedModel, adapter: LoraConfig | None = None)
         targets = _attention_targets(model, with_key=args.apply_qkv_head_lora) + heads
     _check_targets(model, targets, "--target-modules")
     is_classifier = args.model_type == "seqcls"
-    whole = [name.removeprefix(f"{model.base_model_prefix}.") for name in model.head_roots]
+    whole = [name.removeprefix(f"{model.base_model_prefix}.") for name in head_roots(model)]
     return LoraConfig(
         # Stock PEFT turns the head of a SEQ_CLS adapter into a saved module: with LoRA on the head
         # the task type must stay open, or it would skip those layers when it loads the adapter.
@@ -268,25 +266,32 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     output = model.get_output_embeddings()
     if output is not None:
         return [name for name, module in model.named_modules() if module is output]
+    roots = head_roots(model)
     return [
         name
         for name, module in model.named_modules()
-        if _is_linear(module) and any(f"{name}.".startswith(f"{r}.") for r in model.head_roots)
+        if _is_linear(module) and _is_within(name, roots)
     ]
 
 
-def _head_roots(model: PreTrainedModel, new: list[str]) -> list[str]:
+def head_roots(model: PreTrainedModel) -> list[str]:
     """Modules that turn an encoder's output into classes: all outside of it, and its pooler.
 
-    A pooler counts because it plays the part of the dense layer in RoBERTa's head, and because
-    sentence encoders (MiniLM among them) ship one that was never trained.
+    They have to be trained whole: see `lora_config` and `WrapperBase`. A pooler counts because it
+    plays the part of the dense layer in RoBERTa's head, and because sentence encoders (MiniLM among
+    them) ship one that was never trained. A causal LM has none, nor has a model in which encoder
+    and head cannot be told apart.
     """
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return []
     prefix = model.base_model_prefix
     outside = [name for name, _ in model.named_children() if name != prefix]
     inside = [f"{prefix}.pooler"] if getattr(model.base_model, "pooler", None) is not None else []
-    roots = inside + outside
-    roots += [n for n in new if not any(f"{n}.".startswith(f"{root}.") for root in roots)]
-    return [name for name in roots if _has_weights(model, name)]
+    return [name for name in inside + outside if _has_weights(model, name)]
+
+
+def _is_within(name: str, roots: list[str]) -> bool:
+    return any(f"{name}.".startswith(f"{root}.") for root in roots)
 
 
 def _has_weights(model: nn.Module, name: str) -> bool:

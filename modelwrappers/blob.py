@@ -14,34 +14,32 @@ of M updates (`--bayes-klreweighting`), else $1/M$.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modelwrappers.stochastic_lora import (
-    FLIPOUT,
     RHO,
     Draws,
+    GaussianPosterior,
     add_kl_gradients,
     attach_posterior,
     kl_divergence,
     posterior_parameters,
     spread_tensors,
 )
-from modelwrappers.wrapperbase import Batch, Predictions, WrapperBase
+from modelwrappers.wrapperbase import WrapperBase
 from utils.args import add_switch, nonnegative_float, positive_float
 from utils.errors import UsageError, quoted
 from utils.logging import logger, notice_once
 from utils.optim import build_optimizer, linear_schedule
 
 
-class BLoB(WrapperBase):
+class BLoB(GaussianPosterior, WrapperBase):
     """Gaussian posterior on A, trained by backpropagation."""
 
-    is_stochastic = True
     posterior_flags = ("bayes_beta", "flipout", "bayes_inference_notsample")
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
@@ -70,9 +68,7 @@ class BLoB(WrapperBase):
         )
         add_switch(group, "--bayes-klreweighting", help="KL weight doubles within each cycle")
         add_switch(group, "--bayes-datasetrescaling", help="cycle length from the data set's size")
-        group.add_argument(
-            "--flipout", choices=FLIPOUT, default="token", help="what gets its own random signs"
-        )
+        cls.add_flipout_argument(group)
         for name in ("--bayes-final-beta", "--bayes-flipout"):
             group.add_argument(name, nargs="?", const=True, help="no effect: see the README")
 
@@ -84,9 +80,6 @@ class BLoB(WrapperBase):
             notice_once(
                 "--bayes-flipout has no effect: signs per token are the default, see --flipout."
             )
-
-    def sampling(self, n_samples: int) -> AbstractContextManager:
-        return self.draws.stacked(n_samples)
 
     def configure_optimizers(self) -> None:
         args = self.args
@@ -115,12 +108,6 @@ class BLoB(WrapperBase):
         for scheduler in self.schedulers.values():
             scheduler.step()
         return {"kl": value, "kl_weight": weight}
-
-    def predict(self, eval_loader: Iterable[Batch]) -> Predictions:
-        if self.args.flipout != "none" or self.eval_n_samples == 0:
-            return super().predict(eval_loader)
-        with self.draws.fixed(self.eval_n_samples, self.args.seed_sampling):
-            return super().predict(eval_loader)
 
     def method_state(self) -> dict[str, Any]:
         return {"kl_step": self.kl_step}

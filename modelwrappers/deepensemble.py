@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from modelwrappers.backbone import head_modules
+from modelwrappers.backbone import adapter_folder, head_modules
 from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.args import positive_int
 from utils.errors import UsageError
@@ -32,7 +32,7 @@ class DeepEnsemble(WrapperBase):
     posterior_flags = ("ensemble_average",)
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
-        size = args.ensemble_n or _members_of(Path(args.load_lora_path))
+        size = args.ensemble_n or _members_of(adapter_folder(args))
         heads = head_modules(model) if args.model_type == "seqcls" else []
         if heads:
             _give_heads_of_their_own(peft_config, heads)

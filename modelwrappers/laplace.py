@@ -41,7 +41,7 @@ from modelwrappers.lora_curvature import (
     softmax_hessian_root,
 )
 from modelwrappers.sharding import shards_base
-from modelwrappers.wrapperbase import Batch, WrapperBase, peak_memory
+from modelwrappers.wrapperbase import Batch, WrapperBase, adapter_acts, peak_memory
 from utils.args import count, positive_float
 from utils.errors import RunError, UsageError, quoted
 from utils.files import write_tensors
@@ -266,7 +266,7 @@ class Laplace(WrapperBase):
         Without a posterior, with `sample=False`, and where the adapter is merged or disabled, the
         model's own logits (N = 1).
         """
-        if self.posterior is None or not sample or not self._adapter_acts():
+        if self.posterior is None or not sample or not adapter_acts(self):
             return self._batch_logits(batch).unsqueeze(1)
         # Mixed precision is for the model: a covariance in bfloat16 would be none.
         with torch.autocast(self.accelerator.device.type, enabled=False):
@@ -274,9 +274,6 @@ class Laplace(WrapperBase):
         if self.args.laplace_predictive == "probit":
             return _probit(mean, covariance).unsqueeze(1)
         return _draws(mean, covariance, _standard_normal(mean, n_samples))
-
-    def _adapter_acts(self) -> bool:
-        return not any(layer.merged or layer.disable_adapters for _, layer in self._lora_layers())
 
     def linearised(self, batch: Batch) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C C"]]:
         """Mean and covariance of the class logits under the posterior."""

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,12 +27,14 @@ from accelerate.utils import send_to_device
 from huggingface_hub import HfApi
 from jaxtyping import Float, Int
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modelwrappers.backbone import head_roots
 from modelwrappers.engine.posterior import (
     ADAPTER_FILE,
     BASE_MODEL_FLAGS,
@@ -116,7 +119,7 @@ class WrapperBase(PeftModel):
         adapter_name: str = "default",
     ) -> None:
         use_exact_4bit(model)  # it may be one that somebody else has loaded
-        head_roots = getattr(model, "head_roots", [])
+        roots = head_roots(model)  # before PEFT puts its layers in
         forward_parameters = inspect.signature(model.forward).parameters
         peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or args.model
         super().__init__(model, peft_config, adapter_name)
@@ -147,7 +150,8 @@ class WrapperBase(PeftModel):
         self._resumed = False
         self._wandb_logger = None
         self._is_sharded = False
-        self._trained_base_layers = self._train_head_under_lora(head_roots)
+        self._refuse_to_generate(model)
+        self._trained_base_layers = self._train_head_under_lora(roots)
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -350,6 +354,16 @@ class WrapperBase(PeftModel):
         """Add this batch's share to the gradients of the current update."""
         self.accelerator.backward(loss * self._loss_weight)
 
+    def _refuse_to_generate(self, model: PreTrainedModel) -> None:
+        """Let `generate` of a posterior raise, by whatever way it is reached, until it is built.
+
+        The base model generates with the adapter that PEFT has put into it, so this is where it
+        would use a single set of weights without a word. Point estimates generate as PEFT's do.
+        """
+        model.__dict__.pop("generate", None)  # of an earlier wrapper around the same model
+        if self.final_draws() and hasattr(model, "generate"):
+            model.generate = partial(_generate, model, self.args.modelwrapper)
+
     # --- parameters -------------------------------------------------------------------------------
 
     @property
@@ -365,7 +379,7 @@ class WrapperBase(PeftModel):
         """(name, parameter) of everything that is trained."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    def _train_head_under_lora(self, head_roots: list[str]) -> list[str]:
+    def _train_head_under_lora(self, roots: list[str]) -> list[str]:
         """Train the base weights of a classification head that has LoRA on it.
 
         Without LoRA PEFT trains and saves a copy of the head (`modules_to_save`). PEFT cannot do
@@ -375,7 +389,7 @@ class WrapperBase(PeftModel):
         trained = []
         for name, module in self.named_modules():
             path = f"{name.removeprefix('base_model.model.')}."
-            if not any(path.startswith(f"{root}.") for root in head_roots):
+            if not any(path.startswith(f"{root}.") for root in roots):
                 continue
             has_parameters = next(module.parameters(recurse=False), None) is not None
             is_saved_by_peft = any(part in name for part in (".lora_", ".modules_to_save")) or any(
@@ -976,6 +990,24 @@ def _padded_on_the_left(inputs: Batch) -> Batch:
 def _with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:
     """A subclass may return (B, C): one draw."""
     return logits.unsqueeze(1) if logits.dim() == 2 else logits
+
+
+def adapter_acts(model: nn.Module) -> bool:
+    """Whether a forward goes through LoRA: it is there, and neither merged nor disabled."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return bool(layers) and not any(layer.merged or layer.disable_adapters for layer in layers)
+
+
+def _generate(model: PreTrainedModel, method: str, *args, **kwargs):
+    """`model.generate`, unless the adapter in it is a posterior whose draws differ."""
+    if adapter_acts(model):
+        raise UsageError(
+            f"generate: the adapter is a posterior ({method}), and text cannot be generated from "
+            "its draws yet; a single set of weights would be used without saying so. To have just "
+            "that, call merge_adapter() first (the posterior mean; of an ensemble the active "
+            "member), or generate with the base model inside of disable_adapter()."
+        )
+    return type(model).generate(model, *args, **kwargs)
 
 
 def _is_due(step: int, every: int) -> bool:
