@@ -31,7 +31,7 @@ from modelwrappers.stochastic_lora import (
     spread_tensors,
 )
 from modelwrappers.wrapperbase import WrapperBase
-from utils.args import add_switch, nonnegative_float, positive_float
+from utils.args import above, add_switch, between
 from utils.errors import UsageError, quoted
 from utils.logging import logger, notice_once
 from utils.optim import build_optimizer, linear_schedule
@@ -40,6 +40,7 @@ from utils.optim import build_optimizer, linear_schedule
 class BLoB(GaussianPosterior, WrapperBase):
     """Gaussian posterior on A, trained by backpropagation."""
 
+    learning_rate_flags = ("--lr", "--bayes-kllr")
     posterior_flags = ("bayes_beta", "flipout", "bayes_inference_notsample")
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
@@ -55,16 +56,19 @@ class BLoB(GaussianPosterior, WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("BLoB")
         group.add_argument(
-            "--bayes-eps", type=positive_float, default=0.05, help="G starts in [eps/sqrt(2), eps]"
+            "--bayes-eps", type=above(0, 10), default=0.05, help="G starts in [eps/sqrt(2), eps]"
         )
         group.add_argument(
-            "--bayes-beta", type=positive_float, default=0.2, help="standard deviation of the prior"
+            "--bayes-beta",
+            type=between(1e-6, 1e6),
+            default=0.2,
+            help="std of the prior",
         )
         group.add_argument(
-            "--bayes-kllr", type=nonnegative_float, default=0.02, help="learning rate of the KL"
+            "--bayes-kllr", type=between(0, 1_000), default=0.02, help="learning rate of the KL"
         )
         group.add_argument(
-            "--bayes-gamma", type=positive_float, default=8.0, help="of --bayes-datasetrescaling"
+            "--bayes-gamma", type=between(1, 1_000), default=8.0, help="of --bayes-datasetrescaling"
         )
         add_switch(group, "--bayes-klreweighting", help="KL weight doubles within each cycle")
         add_switch(group, "--bayes-datasetrescaling", help="cycle length from the data set's size")

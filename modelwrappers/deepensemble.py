@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modelwrappers.backbone import adapter_folder, head_modules
 from modelwrappers.wrapperbase import Batch, WrapperBase
-from utils.args import positive_int
+from utils.args import whole
 from utils.errors import UsageError
 from utils.logging import logger, notice_once
 from utils.seeding import mix_seed
@@ -51,7 +51,9 @@ class DeepEnsemble(WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("deep ensemble")
         group.add_argument(
-            "--ensemble-n", type=positive_int, help="members (default: 3, or the loaded ensemble's)"
+            "--ensemble-n",
+            type=whole(1, 1_000),
+            help="members (default: 3, or as loaded)",
         )
 
     @classmethod

@@ -42,7 +42,7 @@ from modelwrappers.lora_curvature import (
 )
 from modelwrappers.sharding import shards_base
 from modelwrappers.wrapperbase import Batch, WrapperBase, adapter_acts, peak_memory
-from utils.args import count, positive_float
+from utils.args import between, whole
 from utils.errors import RunError, UsageError, quoted
 from utils.files import write_tensors
 from utils.logging import logger
@@ -66,7 +66,7 @@ GRID = torch.logspace(-2, 6, 33, dtype=torch.float64)
 
 
 def _prior_precision(text: str) -> str | float:
-    return text if text in ("evidence", "validation") else positive_float(text)
+    return text if text in ("evidence", "validation") else between(1e-12, 1e12)(text)
 
 
 class Fit(Record):
@@ -167,7 +167,7 @@ class Laplace(WrapperBase):
         )
         group.add_argument(
             "--laplace-rank",
-            type=count,
+            type=whole(0, 100_000),
             default=64,
             help="rank of Kronecker factors wider than twice as much; 0: exact",
         )

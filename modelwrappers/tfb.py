@@ -29,7 +29,7 @@ from modelwrappers.stochastic_lora import (
     spread_tensors,
 )
 from modelwrappers.wrapperbase import Batch, WrapperBase
-from utils.args import add_switch, count, positive_float
+from utils.args import above, add_switch, whole
 from utils.errors import RunError, UsageError
 from utils.logging import logger, notice_once
 from utils.metrics import negative_log_likelihood, posterior_predictive
@@ -84,16 +84,16 @@ class TFB(GaussianPosterior, WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("TFB")
         group.add_argument(
-            "--th", type=positive_float, help="tolerance (default: 0.003; flips 0.01)"
+            "--th", type=above(0, 1e6), help="tolerance (default: 0.003; flips 0.01)"
         )
         group.add_argument(
             "--iter",
-            type=count,
+            type=whole(0, 1_000),
             default=5,
             help="steps of the bisection; 0: no search, sigma_q is --bayes-beta",
         )
         group.add_argument(
-            "--bayes-beta", type=positive_float, default=0.015, help="largest sigma_q tried"
+            "--bayes-beta", type=above(0, 1e6), default=0.015, help="largest sigma_q tried"
         )
         group.add_argument(
             "--tfb-criterion",

@@ -107,6 +107,7 @@ class WrapperBase(PeftModel):
 
     is_stochastic = False  # whether draws differ; else one forward answers for any number of them
     has_members = False  # whether an adapter folder may hold several of them
+    learning_rate_flags: ClassVar[tuple[str, ...]] = ("--lr",)  # of its optimizers, for messages
     posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
     Description: ClassVar[type[Record]] = Record  # the type of what `method_config` says
 
@@ -571,13 +572,13 @@ class WrapperBase(PeftModel):
             raise RunError(
                 f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows "
                 f"{rows} of the training set, with the parameters that the update before left. "
-                "Look at those rows, or lower the learning rates (--lr, --bayes-kllr)."
+                f"Look at those rows, or lower {' and '.join(self.learning_rate_flags)}."
             )
         done = self._to_floats(self.optimizer_step())
         if not all(map(math.isfinite, done.values())):
             raise RunError(
-                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower their "
-                "learning rates (--lr, --bayes-kllr); --resume goes on from the last state."
+                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower "
+                f"{' and '.join(self.learning_rate_flags)}; --resume goes on from the last state."
             )
         return totals | done
 
@@ -724,7 +725,8 @@ class WrapperBase(PeftModel):
         if broken.any():
             raise RunError(
                 f"the predictions of rows {index[broken].tolist()[:20]} are not numbers; the model "
-                "has diverged (lower --lr) or the data type overflows (--dtype float32)."
+                f"has diverged (lower {' and '.join(self.learning_rate_flags)}) or the data type "
+                "overflows (--dtype float32)."
             )
         return Predictions(log_probs, labels, index)
 
