@@ -24,14 +24,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from dataset import build_dataset
+from dataset import build_dataset, check_data_sets
 from modelwrappers import build_wrapper, get_wrapper
 from modelwrappers.sharding import check_sharding, shards_base
 from utils.args import Args, build_parser, finish, first_pass
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError
 from utils.interrupts import Interrupted, interrupts
-from utils.logging import init_tracker, logger, name_process, setup_logging
+from utils.logging import check_tracker, init_tracker, logger, name_process, setup_logging
 from utils.metrics import Metrics
 from utils.run_folder import RunFolder, run_folder_path
 from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> Metrics:
     """
     setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
     args = parse_args(argv)
+    check_data_sets(args)
     name_process(args)
+    check_tracker(args)
     accelerator = build_accelerator(args)
     folder = RunFolder(
         run_folder_path(args),
@@ -238,6 +240,12 @@ def run(argv: list[str] | None = None) -> int:
             "state.",
             str(error).partition(".")[0],
         )
+        return RunError.exit_code
+    except SystemExit:
+        if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+            raise
+        # whatever its code was: a run that did not come to its end must not look finished
+        logger.error("RunError: code that the run calls has ended it by sys.exit().")
         return RunError.exit_code
     except KeyboardInterrupt as error:
         logger.error("%s", error if isinstance(error, Interrupted) else "Interrupted.")

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from modelwrappers.backbone import head_modules
+from modelwrappers.backbone import adapter_folder, head_modules
 from modelwrappers.wrapperbase import Batch, WrapperBase
-from utils.args import positive_int
+from utils.args import whole
 from utils.errors import UsageError
 from utils.logging import logger, notice_once
 from utils.records import Count, Record, as_record
@@ -37,7 +37,7 @@ class DeepEnsemble(WrapperBase):
     )
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
-        size = args.ensemble_n or _members_of(Path(args.load_lora_path))
+        size = args.ensemble_n or _members_of(adapter_folder(args))
         heads = head_modules(model) if args.model_type == "seqcls" else []
         if heads:
             _give_heads_of_their_own(peft_config, heads)
@@ -56,7 +56,9 @@ class DeepEnsemble(WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("deep ensemble")
         group.add_argument(
-            "--ensemble-n", type=positive_int, help="members (default: 3, or the loaded ensemble's)"
+            "--ensemble-n",
+            type=whole(1, 1_000),
+            help="members (default: 3, or as loaded)",
         )
 
     @classmethod

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,12 +27,14 @@ from accelerate.utils import send_to_device
 from huggingface_hub import HfApi
 from jaxtyping import Float, Int
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modelwrappers.backbone import head_roots
 from modelwrappers.engine.posterior import (
     ADAPTER_FILE,
     BASE_MODEL_FLAGS,
@@ -45,6 +48,7 @@ from modelwrappers.engine.posterior import (
     check_adapter_tensors,
     read_adapter_tensors,
 )
+from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.model_card import model_card
 from modelwrappers.sharding import shard_base, sharded_names, shards_base
 from utils.errors import RunError, UsageError, quoted
@@ -113,6 +117,7 @@ class WrapperBase(PeftModel):
     has_members = False  # whether an adapter folder may hold several of them
     # what an adapter's folder holds, by exact name; {n} stands for a number
     adapter_files: ClassVar[tuple[str, ...]] = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE)
+    learning_rate_flags: ClassVar[tuple[str, ...]] = ("--lr",)  # of its optimizers, for messages
     posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
     Description: ClassVar[type[Record]] = Record  # the type of what `method_config` says
 
@@ -124,7 +129,8 @@ class WrapperBase(PeftModel):
         accelerator,
         adapter_name: str = "default",
     ) -> None:
-        head_roots = getattr(model, "head_roots", [])
+        use_exact_4bit(model)  # it may be one that somebody else has loaded
+        roots = head_roots(model)  # before PEFT puts its layers in
         forward_parameters = inspect.signature(model.forward).parameters
         peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or args.model
         super().__init__(model, peft_config, adapter_name)
@@ -161,7 +167,8 @@ class WrapperBase(PeftModel):
         self._is_told_to_stop = False  # by a signal to one of several processes
         self._wandb_logger = None
         self._is_sharded = False
-        self._trained_base_layers = self._train_head_under_lora(head_roots)
+        self._refuse_to_generate(model)
+        self._trained_base_layers = self._train_head_under_lora(roots)
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -338,8 +345,18 @@ class WrapperBase(PeftModel):
         return output.logits[:, -1, self.target_ids]
 
     def model_inputs(self, batch: Batch) -> Batch:
-        """A batch without labels and index; positions count from the first real token."""
+        """A batch without labels and index, as the model reads it.
+
+        For a causal LM the last position must be a real token, because that is where the answer is
+        read: rows that are padded on the right are turned round to be padded on the left. Positions
+        count from the first real token.
+
+        Raises:
+            RunError: a row has no token (told where that costs no wait for a GPU).
+        """
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
+        if self.is_causal and "attention_mask" in inputs:
+            inputs = _padded_on_the_left(inputs)
         if self._takes_position_ids:
             positions = inputs["attention_mask"].cumsum(-1) - 1
             inputs["position_ids"] = positions.clamp(min=0)
@@ -353,6 +370,16 @@ class WrapperBase(PeftModel):
     def backward(self, loss: Tensor) -> None:
         """Add this batch's share to the gradients of the current update."""
         self.accelerator.backward(loss * self._loss_weight)
+
+    def _refuse_to_generate(self, model: PreTrainedModel) -> None:
+        """Let `generate` of a posterior raise, by whatever way it is reached, until it is built.
+
+        The base model generates with the adapter that PEFT has put into it, so this is where it
+        would use a single set of weights without a word. Point estimates generate as PEFT's do.
+        """
+        model.__dict__.pop("generate", None)  # of an earlier wrapper around the same model
+        if self.final_draws() and hasattr(model, "generate"):
+            model.generate = partial(_generate, model, self.args.modelwrapper)
 
     # --- parameters -------------------------------------------------------------------------------
 
@@ -369,7 +396,7 @@ class WrapperBase(PeftModel):
         """(name, parameter) of everything that is trained."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    def _train_head_under_lora(self, head_roots: list[str]) -> list[str]:
+    def _train_head_under_lora(self, roots: list[str]) -> list[str]:
         """Train the base weights of a classification head that has LoRA on it.
 
         Without LoRA PEFT trains and saves a copy of the head (`modules_to_save`). PEFT cannot do
@@ -379,7 +406,7 @@ class WrapperBase(PeftModel):
         trained = []
         for name, module in self.named_modules():
             path = f"{name.removeprefix('base_model.model.')}."
-            if not any(path.startswith(f"{root}.") for root in head_roots):
+            if not any(path.startswith(f"{root}.") for root in roots):
                 continue
             has_parameters = next(module.parameters(recurse=False), None) is not None
             is_saved_by_peft = any(part in name for part in (".lora_", ".modules_to_save")) or any(
@@ -584,13 +611,13 @@ class WrapperBase(PeftModel):
             raise RunError(
                 f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows "
                 f"{rows} of the training set, with the parameters that the update before left. "
-                "Look at those rows, or lower the learning rates (--lr, --bayes-kllr)."
+                f"Look at those rows, or lower {' and '.join(self.learning_rate_flags)}."
             )
         done = self._to_floats(self.optimizer_step())
         if not all(map(math.isfinite, done.values())):
             raise RunError(
-                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower their "
-                "learning rates (--lr, --bayes-kllr); --resume goes on from the last state."
+                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower "
+                f"{' and '.join(self.learning_rate_flags)}; --resume goes on from the last state."
             )
         return totals | done
 
@@ -799,7 +826,8 @@ class WrapperBase(PeftModel):
         if broken.any():
             raise RunError(
                 f"the predictions of rows {index[broken].tolist()[:20]} are not numbers; the model "
-                "has diverged (lower --lr) or the data type overflows (--dtype float32)."
+                f"has diverged (lower {' and '.join(self.learning_rate_flags)}) or the data type "
+                "overflows (--dtype float32)."
             )
         return Predictions(log_probs, labels, index)
 
@@ -1052,12 +1080,44 @@ class WrapperBase(PeftModel):
         return tensors
 
 
+def _padded_on_the_left(inputs: Batch) -> Batch:
+    """Every row moved to the right by the padding behind its last token."""
+    mask = inputs["attention_mask"]
+    if mask.device.type == "cpu" and not mask.any(-1).all():
+        raise RunError("a row of the batch is padding only: attention_mask is 0 everywhere in it.")
+    width = mask.shape[-1]
+    behind = mask.flip(-1).ne(0).int().argmax(-1, keepdim=True)  # (B, 1)
+    source = (torch.arange(width, device=mask.device) - behind) % width  # (B, T)
+    return {
+        key: value.gather(-1, source) if value.shape == mask.shape else value
+        for key, value in inputs.items()
+    }
+
+
 # --- small helpers -------------------------------------------------------------------------------
 
 
 def _with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:
     """A subclass may return (B, C): one draw."""
     return logits.unsqueeze(1) if logits.dim() == 2 else logits
+
+
+def adapter_acts(model: nn.Module) -> bool:
+    """Whether a forward goes through LoRA: it is there, and neither merged nor disabled."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return bool(layers) and not any(layer.merged or layer.disable_adapters for layer in layers)
+
+
+def _generate(model: PreTrainedModel, method: str, *args, **kwargs):
+    """`model.generate`, unless the adapter in it is a posterior whose draws differ."""
+    if adapter_acts(model):
+        raise UsageError(
+            f"generate: the adapter is a posterior ({method}), and text cannot be generated from "
+            "its draws yet; a single set of weights would be used without saying so. To have just "
+            "that, call merge_adapter() first (the posterior mean; of an ensemble the active "
+            "member), or generate with the base model inside of disable_adapter()."
+        )
+    return type(model).generate(model, *args, **kwargs)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -7,6 +7,7 @@ run, or a wrong call.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
@@ -17,27 +18,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import Args, Parser, count, positive_int, seed
 from utils.commit import current_commit
-from utils.errors import RunError, UsageError
+from utils.errors import RunError, UsageError, one_line, quoted
+from utils.logging import writable
 from utils.report.collect import Options, collect
+from utils.report.escape import shorten
 from utils.report.runs import find_runs
 from utils.report.tables import terminal
 from utils.report.write import check_writable, write
+
+MOST_BINS = 1000
+MOST_RESAMPLES = 100_000
+
+
+def folder(text: str) -> Path:
+    """A path; an empty one is a variable that was not set, not the working directory."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no folder")
+    return Path(text)
 
 
 def parse_args(argv: list[str]) -> Args:
     """The flags; `--out` by default lies in the folder given, or what several have in common."""
     parser = Parser(prog="report.py", description=__doc__)
     parser.add_argument(
-        "folders", nargs="*", type=Path, default=[Path("checkpoints")], metavar="RUN_OR_FOLDER"
+        "folders", nargs="*", type=folder, default=[Path("checkpoints")], metavar="RUN_OR_FOLDER"
     )
-    parser.add_argument("--out", type=Path, help="default: report/ in their common folder")
+    parser.add_argument("--out", type=folder, help="default: report/ in their common folder")
     parser.add_argument("--num-bins", type=positive_int, default=15, help="bins of the ECE")
     parser.add_argument("--bootstrap", type=count, default=1000, help="resamples; 0: no intervals")
     parser.add_argument("--seed", type=seed, default=0, help="of the resamples")
     args = parser.parse_args(argv)
+    for flag, value, most in (
+        ("--num-bins", args.num_bins, MOST_BINS),
+        ("--bootstrap", args.bootstrap, MOST_RESAMPLES),
+    ):
+        if value > most:
+            raise UsageError(f"{flag} is {quoted(value)}; at most {most} are possible.")
     if args.out is None:
-        above = os.path.commonpath([os.path.abspath(folder) for folder in args.folders])
-        args.out = Path(os.path.relpath(above)) / "report"
+        try:
+            above = os.path.commonpath([os.path.abspath(path) for path in args.folders])
+            args.out = Path(os.path.relpath(above)) / "report"
+        except OSError as error:
+            raise UsageError(
+                f"the working directory cannot be read ({error.strerror}); pass --out."
+            ) from None
     return args
 
 
@@ -54,19 +78,19 @@ def main(argv: list[str]) -> None:
         check_writable(args.out)
 
     def progress(run: str) -> None:
-        print(f"\r\033[K{run}", end="", file=sys.stderr, flush=True)
+        _say(f"\r\033[K{shorten(run)}", sys.stderr, end="")
 
     quiet = not sys.stderr.isatty()
     options = Options(args.num_bins, args.bootstrap, args.seed)
     report = collect(runs, skipped, options, (lambda run: None) if quiet else progress)
     if not quiet and runs:
-        print("\r\033[K", end="", file=sys.stderr)
+        _say("\r\033[K", sys.stderr, end="")
     for item in report.skipped:
-        print(f"{item.path}: skipped: {item.reason}", file=sys.stderr)
+        _say(item.line, sys.stderr)
     for note in report.notes:
-        print(note, file=sys.stderr)
+        _say(one_line(note), sys.stderr)
     if not report.families:
-        names = " ".join(map(str, args.folders))
+        names = " ".join(quoted(str(path)) for path in args.folders)
         raise UsageError(
             f"no finished run with predictions under: {names}. A run is finished when its folder "
             "has metrics.json; give other folders, or finish a run first."
@@ -77,8 +101,14 @@ def main(argv: list[str]) -> None:
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     file = write(report, args.out, made)
-    print(terminal(report))
-    print(f"\nReport: {file} (tables.md, tables.tex, tables.csv and plots beside it)")
+    _say(terminal(report))
+    _say(f"\nReport: {one_line(str(file))} (tables.md, tables.tex, tables.csv and plots beside it)")
+
+
+def _say(text: str, stream=None, end: str = "\n") -> None:
+    """To a terminal, which may know few letters."""
+    stream = stream or sys.stdout
+    print(writable(text, stream), file=stream, end=end, flush=True)
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -86,8 +116,17 @@ def run(argv: list[str] | None = None) -> int:
     try:
         main(sys.argv[1:] if argv is None else argv)
     except (UsageError, RunError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _say(f"{type(error).__name__}: {error}", sys.stderr)
         return error.exit_code
+    except MemoryError:
+        _say(
+            "RunError: the memory is full; report on fewer runs or with fewer resamples.",
+            sys.stderr,
+        )
+        return RunError.exit_code
+    except BrokenPipeError:  # nobody reads the table any more; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else exit tries once more
+        return RunError.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

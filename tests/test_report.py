@@ -1,6 +1,7 @@
 """The report: from run folders to files, with everything that can be wrong with a folder."""
 
 import csv
+import html
 import importlib.util
 import io
 import json
@@ -457,17 +458,17 @@ def with_nan(log_probs):
     "damage, reason",
     [
         (lambda f: (f / "metrics.json").unlink(), "not finished"),
-        (lambda f: (f / "metrics.json").write_text("[1"), "cannot be read as JSON"),
-        (lambda f: (f / "metrics.json").write_text("[]"), "no JSON object"),
-        (lambda f: (f / "metrics.json").write_text("{}"), "no 'datasets'"),
-        (lambda f: (f / "args.json").write_bytes(b"\xff\x00"), "cannot be read as JSON"),
+        (lambda f: (f / "metrics.json").write_text("[1"), "not valid JSON"),
+        (lambda f: (f / "metrics.json").write_text("[]"), "the content is []"),
+        (lambda f: (f / "metrics.json").write_text("{}"), "key 'datasets' is missing"),
+        (lambda f: (f / "args.json").write_bytes(b"\xff\x00"), "not UTF-8 text"),
         (lambda f: (f / "predictions.safetensors").unlink(), "there is no predictions"),
         (cut, "cannot be read as safetensors"),
-        (change(log_probs=with_nan), "not finite"),
-        (change(log_probs=lambda t: t[:, 0]), "has shapes"),
+        (change(log_probs=with_nan), "NaN or infinite"),
+        (change(log_probs=lambda t: t[:, 0]), "has shapes (150, 3)"),
         (change(log_probs=lambda t: t + 1), "do not add up"),
         (change(labels=lambda t: t + 7), "outside of its 3 classes"),
-        (change(labels=lambda t: t[:9]), "has shapes"),
+        (change(labels=lambda t: t[:9]), "has shapes (150, 1, 3), (9,)"),
         (change(index=lambda t: t * 0), "twice"),
     ],
 )
@@ -478,7 +479,7 @@ def test_a_damaged_run_is_left_out_with_the_reason(tmp_path, damage, reason):
     assert report.num_runs == 1 and [row.name for row in report.families[0].rows] == ["map"]
     (skipped,) = report.skipped
     assert skipped.path.name == "blob-seed1" and reason in skipped.reason
-    assert f"skipped: {skipped.reason}" in markdown(report, MADE)
+    assert f"skipped: {skipped.reason}" in html.unescape(markdown(report, MADE))
 
 
 def test_what_no_run_writes_is_no_traceback(tmp_path):
@@ -492,21 +493,50 @@ def test_what_no_run_writes_is_no_traceback(tmp_path):
     for name in ("step-00000012.bak", "step-00000011"):
         (folder / "state" / name).mkdir(parents=True)
     report = report_on(tmp_path, resamples=0)
-    assert report.num_runs == 2
+    assert report.num_runs == 1
+    reasons = sorted(item.reason.partition("metrics.json: key ")[2] for item in report.skipped)
+    assert ["'datasets." in reasons[1], "'seed' is [1]" in reasons[2]] == [True, True]
+    assert "'updates' is 1000" in reasons[3] and len(reasons[3]) < 300
     assert [item.reason for item in report.skipped if "interrupted after update 11" in item.reason]
-    assert [item.reason for item in report.skipped if "seed is [1]" in item.reason]
 
 
-def test_unknown_keys_and_wrong_types_do_no_harm(tmp_path):
-    folder = make_run(tmp_path)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    metrics |= {"updates": "many", "training_seconds": float("nan"), "new": [1]}
-    metrics["datasets"]["bbc_headlines"] |= {"temperature_scaled": "no", "acc": "high"}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "args.json").unlink()
+def test_unknown_keys_do_no_harm(tmp_path):
+    change_json(make_run(tmp_path) / "metrics.json", new=[1])
     report = report_on(tmp_path)
     assert report.num_runs == 1 and not report.skipped
-    assert "metrics.json says high" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("updates", "many"), ("training_seconds", float("nan")), ("seed", True), ("model", 7)],
+)
+def test_a_value_of_another_type_is_named(tmp_path, key, value):
+    change_json(make_run(tmp_path) / "metrics.json", **{key: value})
+    (skipped,) = report_on(tmp_path).skipped
+    assert f"metrics.json: key '{key}' is {value!r}: " in skipped.reason
+
+
+@pytest.mark.parametrize(
+    "flag, value, rule",
+    [
+        ("seed", -1, "not a number from 0"),
+        ("seed_data", True, "not a number from 0"),
+        ("seed_sampling", "1", "not a number from 0"),
+        ("dataset", ["a"], "a text is needed"),
+        ("load_lora_path", 7, "a text is needed"),
+        ("lr", {"a": 1}, "a flag is a text, a number"),
+    ],
+)
+def test_a_flag_of_another_type_is_named(tmp_path, flag, value, rule):
+    make_run(tmp_path, **{flag: value}) if flag not in ("seed", "dataset") else None
+    if flag in ("seed", "dataset"):
+        folder = make_run(tmp_path)
+        stored = json.loads((folder / "args.json").read_text())
+        stored["args"][flag] = value
+        write_json(folder / "args.json", stored)
+    (skipped,) = report_on(tmp_path).skipped
+    assert flag.replace("_", "-") in skipped.reason.replace("_", "-") and rule in skipped.reason
+    assert repr(value) in skipped.reason
 
 
 def test_stored_metrics_that_disagree_are_said(tmp_path):
@@ -516,10 +546,10 @@ def test_stored_metrics_that_disagree_are_said(tmp_path):
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (note,) = report_on(tmp_path, resamples=0).notes
     assert "NLL" in note
-    metrics["datasets"]["bbc_headlines"]["temperature_scaled"] = {"temperature": 2.0, "acc": 9.0}
+    metrics["datasets"]["bbc_headlines"]["temperature_scaled"] = {"temperature": 2.0, "acc": 0.5}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     _, scaled = report_on(tmp_path, resamples=0).notes
-    assert "ACC" in scaled and "metrics.json says 9.0" in scaled
+    assert "ACC" in scaled and "metrics.json says 0.5" in scaled
 
 
 def test_linked_runs_are_found_and_loops_end(tmp_path):

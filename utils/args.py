@@ -452,7 +452,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--target-modules",
         nargs="+",
-        type=text,
         help="layers to adapt (default: by model)",
     )
     add_switch(model, "--apply-classhead-lora", help="query, value and the output head")

@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    r"""`printable`, with line breaks and tabs written as `\n` and `\t`."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 # control, format (bidirectional overrides among them), surrogate, private, line and paragraph marks
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
@@ -33,7 +38,7 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 def quoted(value: Any, longest: int = LONGEST_VALUE) -> str:
     """A value as a message shows it: on one line, printable, cut where it is long."""
     text = value if isinstance(value, str) else _bounded_repr(value, longest)
-    text = printable(text[: 2 * longest]).replace("\n", "\\n").replace("\t", "\\t")
+    text = one_line(text[: 2 * longest])
     text = text if len(text) <= longest else f"{text[:longest]}..."
     return f"'{text}'" if isinstance(value, str) else text
 
@@ -48,6 +53,21 @@ def _bounded_repr(value: Any, longest: int) -> str:
         return repr(value)
     except (ValueError, RecursionError):
         return type(value).__name__
+
+
+def described(error: BaseException) -> str:
+    """Somebody else's exception on one line: its type and the first line of what it says.
+
+    A plain `ValueError` says what is wrong with a value; its type adds nothing to that.
+    """
+    try:
+        first = (str(error).strip().splitlines() or [""])[0]
+    except Exception:  # an exception of a user's own may fail to be printed
+        first = ""
+    first = printable(first if len(first) <= 500 else f"{first[:500]}...")
+    if type(error) is ValueError and first:
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 class _Told(Exception):

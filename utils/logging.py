@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UsageError, one_line, printable, quoted
+
 logger = logging.getLogger("bayesian_peft")
+MOST_KEPT = 10_000  # records, for a log file that is not there yet
+LONGEST_TITLE = 200  # characters of the process's name
+LONGEST_TRACKED = 128  # of wandb's names
 
 
 def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
@@ -27,16 +33,16 @@ def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
         handler.close()
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
-    terminal = logging.StreamHandler(sys.stdout)
+    terminal = _Terminal(sys.stdout)
     terminal.addFilter(lambda record: record.levelno < logging.ERROR)
-    errors = logging.StreamHandler(sys.stderr)
+    errors = _Terminal(sys.stderr)
     errors.setLevel(logging.ERROR)
     for handler in (terminal, errors):
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Formatter("%(message)s"))
         logger.addHandler(handler)
     if log_file is not None and is_main_process:
         file = _LogFile(log_file, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
         for record in memory.records:
             file.handle(record)
         logger.addHandler(file)
@@ -62,14 +68,39 @@ class _LogFile(logging.FileHandler):
 
 
 class _Memory(logging.Handler):
-    """Keeps records for a file that is not there yet."""
+    """Keeps records for a file that is not there yet, the first `MOST_KEPT` of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
+        if len(self.records) < MOST_KEPT:
+            self.records.append(record)
+
+
+class _Formatter(logging.Formatter):
+    """Records that no name or path in them can forge, hide or colour.
+
+    What a terminal would obey is written as `\\x1b` and so on. Lines after a record's first are
+    indented: a line that is not begins a record.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record)).replace("\n", "\n  ")
+
+
+class _Terminal(logging.StreamHandler):
+    """Never fails for a letter that the terminal does not know."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return writable(super().format(record), self.stream)
+
+
+def writable(text: str, stream: Any) -> str:
+    """The text with what a stream's encoding lacks written as `\\u2020` and so on."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _quiet_libraries() -> None:
@@ -94,11 +125,34 @@ def notice_once(message: str) -> None:
         logger.info(message)
 
 
+def check_tracker(args) -> None:
+    """What wandb would refuse, or fail on, after the model is loaded.
+
+    Raises:
+        UsageError: a name that it does not take.
+    """
+    if args.tracker != "wandb":
+        return
+    for flag in ("wandb_entity", "wandb_project", "wandb_name"):
+        value = getattr(args, flag) or ""
+        wrong = re.search(r"[/\\#?%:]", value) if flag == "wandb_project" else None
+        if wrong or len(value) > LONGEST_TRACKED or value != one_line(value):
+            raise UsageError(
+                f"--{flag.replace('_', '-')} is {quoted(value)}; wandb takes up to "
+                f"{LONGEST_TRACKED} printable characters, and in a project's name none of /\\#?%:. "
+                "Pass another, or --tracker none."
+            )
+
+
 def init_tracker(accelerator, args, folder: Path) -> None:
     """Start the experiment tracker that `--tracker` names, inside the run's folder.
 
     wandb never asks: without credentials it records offline, and one line says so.
+
+    Raises:
+        UsageError: a name that wandb does not take.
     """
+    check_tracker(args)
     if args.tracker == "none":
         return
     init_kwargs: dict[str, Any] = {}
@@ -113,13 +167,13 @@ def init_tracker(accelerator, args, folder: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         init_kwargs["wandb"] = {
             "entity": args.wandb_entity,
-            "name": args.wandb_name or folder.name,
+            "name": args.wandb_name or one_line(folder.name)[:LONGEST_TRACKED],
             "dir": str(folder),
             **mode,
         }
     project = args.wandb_project if args.tracker == "wandb" else "tensorboard"
     config = {
-        key: value if isinstance(value, int | float | str | bool) else str(value)
+        key: value if isinstance(value, int | float | bool) else one_line(str(value))
         for key, value in args.as_dict().items()
     }
     accelerator.init_trackers(project, config=config, init_kwargs=init_kwargs)
@@ -137,4 +191,5 @@ def name_process(args) -> None:
     """Show model, data set and method in `ps` and `nvidia-smi`."""
     import setproctitle
 
-    setproctitle.setproctitle(f"bayesian-peft {args.modelwrapper} {args.model} {args.dataset}")
+    title = f"bayesian-peft {args.modelwrapper} {args.model} {args.dataset}"
+    setproctitle.setproctitle(one_line(title[:LONGEST_TITLE]))

@@ -8,8 +8,9 @@ key, value and rule. Nothing is unpickled, no value becomes a flag or an import.
 from __future__ import annotations
 
 import json
+import math
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -54,14 +55,18 @@ RecordType = TypeVar("RecordType", bound=BaseModel)
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, **hooks: Callable) -> Any:
     """The content of a JSON text.
 
+    Args:
+        text: of the file, or of a line of it.
+        where: it stands, for the message.
+        hooks: of `json.loads`; a ValueError of theirs makes the text invalid.
     Raises:
         UsageError: no JSON, or nested deeper than `MOST_DEPTH`.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, **hooks)
     except RecursionError:
         raise UsageError(f"{where}: nested deeper than {MOST_DEPTH} levels.") from None
     except ValueError as error:
@@ -88,6 +93,20 @@ def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES) -> str:
         UsageError: no such file, no ordinary file, too large, or no UTF-8.
     """
     try:
+        return read_bytes(path, what, most_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{what}: {path} is not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from None
+
+
+def read_bytes(path: Path, what: str, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a file that should be small; never of a pipe or a device.
+
+    Raises:
+        UsageError: no such file, no ordinary file, or too large.
+    """
+    try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
             kind = "a folder" if stat.S_ISDIR(about.st_mode) else "no ordinary file"
@@ -96,13 +115,11 @@ def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES) -> str:
             raise UsageError(
                 f"{what}: {path} has {about.st_size} bytes; more than {most_bytes} are not read."
             )
-        return path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            # No more than was announced: files of /proc say 0, and some of them never end.
+            return file.read(about.st_size)
     except FileNotFoundError:
         raise UsageError(f"{what}: there is no file {path}.") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{what}: {path} is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from None
     except UsageError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
@@ -164,19 +181,34 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     return read_tensors_and_metadata(path, what)[0]
 
 
-def read_tensors_and_metadata(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors_and_metadata(
+    path: Path, what: str, names: Collection[str] | None = None, most_numbers: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata.
 
+    Args:
+        path: of the file.
+        what: on whose behalf it is read, for the message.
+        names: of the tensors that are wanted, where they are there; None: all.
+        most_numbers: that any of them may have; None: as many as the file has.
     Raises:
-        UsageError: no such file, or it is damaged.
+        UsageError: no such file, it is damaged, or a tensor is larger than that.
     """
     try:
         if not path.is_file():
             raise UsageError(f"{what}: there is no file {path}.")
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = [key for key in file.keys() if names is None or key in names]  # noqa: SIM118
+            for key in keys if most_numbers is not None else ():
+                shape = file.get_slice(key).get_shape()
+                if math.prod(shape) > most_numbers:
+                    raise UsageError(
+                        f"{what}: {quoted(key)} has shape {quoted(shape)}; tensors of more than "
+                        f"{most_numbers} numbers are not read."
+                    )
+            tensors = {key: file.get_tensor(key) for key in keys}
             return tensors, dict(file.metadata() or {})
-    except UsageError:
+    except (UsageError, MemoryError):
         raise
     except Exception as error:  # safetensors has an error class of its own, and raises others
         reason = (str(error).splitlines() or [""])[0]

@@ -77,10 +77,10 @@ class Scaled(Record):
     """What the temperature that was fitted on held-out rows makes of a data set's metrics."""
 
     temperature: FiniteFloat
-    acc: Share
-    ece: Share
-    nll: FiniteFloat
-    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)]
+    acc: Share | None = None
+    ece: Share | None = None
+    nll: FiniteFloat | None = None
+    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)] | None = None
 
 
 class Block(Record):

@@ -422,7 +422,9 @@ def in_blocks(score: Values, num_blocks: int) -> Values:
 
 
 def _one_hot(labels: Int[np.ndarray, " n"], num_classes: int) -> Float[np.ndarray, "n C"]:
-    return np.eye(num_classes)[labels]
+    out = np.zeros((len(labels), num_classes))  # an identity matrix of many classes is large
+    out[np.arange(len(labels)), labels] = 1.0
+    return out
 
 
 def _rows(weights: Weights | None, n: int) -> Weights:

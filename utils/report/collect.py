@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from utils.report.escape import distinct, shorten
 from utils.report.measure import (
     METRICS,
     Curves,
@@ -42,12 +43,15 @@ from utils.report.significance import (
     mean_over_seeds,
     paired_difference,
     resample,
+    seed_of_examples,
 )
-from utils.seeding import mix_seed
 from utils.uncertainty import noise_floors
 
 POINT_ESTIMATES = ("mle", "map")  # what other methods are held against, in this order
 SHOWN_FLAGS = 4  # of a row's settings, in its name
+MOST_REASONS = 20  # of a folder, why something is left out
+SCALED = " + temperature"  # after a row's name
+MOST_PARTS = 8  # of a path that are looked at, and of a flag's values that are shown
 TOLERANCE = 1e-3  # between metrics.json and what its predictions give
 
 
@@ -178,7 +182,10 @@ def collect(
     for run in runs:
         bundles[run.model, run.dataset].append(run)
     models = {model for model, _ in bundles}
-    shown = shortest_tails([m for m in models if os.path.isabs(m)])
+    tails = shortest_tails(model for model in models if os.path.isabs(model))
+    shown = distinct({model: tails.get(model) or model for model in models})
+    measured = {e.dataset for same in bundles.values() for run in same for e in run.evaluations}
+    sets = distinct({name: name for name in measured | {source for _, source in bundles}})
     for (model, source), bundle in sorted(bundles.items()):
         names = _row_names(bundle)
         found: dict[tuple, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
@@ -189,24 +196,39 @@ def collect(
         for same in sorted(posteriors.values(), key=lambda same: str(same[0].folder)):
             results = _measure_posterior(same, names, options, report, progress)
             for result in results:
-                scaled = "" if result.temperature is None else " + temperature"
+                scaled = "" if result.temperature is None else SCALED
                 key = (result.evaluation.shifted, result.evaluation.dataset, result.split)
                 name = names[result.run.folder] + scaled
                 found[(*key, result.fingerprint)][name].append(result)
             having = {result.run.folder: result.run for result in results}
             report.num_runs += len(having)
             for folder, run in having.items():
-                training[names[folder]].append(read_history(run))
+                try:
+                    training[names[folder]].append(read_history(run))
+                except Unusable as error:
+                    report.skipped.append(Skipped(folder, str(error)))
         for (shifted, dataset, split, _), rows in sorted(found.items()):
             for results in rows.values():
                 results.sort(key=lambda result: str(result.run.folder))
-            report.families.append(
-                _family(shown.get(model, model), source, dataset, split, shifted, rows, options)
-            )
+            titles = shown[model], sets[source], sets[dataset], shorten(split)
+            report.families.append(_family(*titles, shifted, rows, options))
             for result in (result for results in rows.values() for result in results):
                 result.replicates.clear()  # thousands of runs would fill the memory
-        report.training.append(Training(shown.get(model, model), source, dict(training)))
+        report.training.append(Training(shown[model], sets[source], dict(training)))
+    report.skipped = list(_bounded(report.skipped))
     return report
+
+
+def _bounded(skipped: list[Skipped]) -> Iterator[Skipped]:
+    """The first `MOST_REASONS` of each folder, and how many more: a run may name many sets."""
+    number: Counter[Path] = Counter(item.path for item in skipped)
+    shown: Counter[Path] = Counter()
+    for item in skipped:
+        shown[item.path] += 1
+        if shown[item.path] <= MOST_REASONS:
+            yield item
+        elif shown[item.path] == number[item.path]:
+            yield Skipped(item.path, f"and {number[item.path] - MOST_REASONS} more of this folder")
 
 
 def _measure_posterior(
@@ -277,7 +299,7 @@ def _measure(
     if source is not None:
         values |= measure_shift(source, examples)
     floors = noise_floors(
-        examples.probs, options.num_bins, mix_seed("calibrated labels", options.seed, own)
+        examples.probs, options.num_bins, seed_of_examples("calibrated labels", options.seed, own)
     )
     values["ece_floor"] = floors["ece"]
     chunks = defaultdict(list)
@@ -309,17 +331,14 @@ def _measure(
 def _disagreements(result: Result, options: Options) -> list[str]:
     """Where metrics.json says something else than the predictions that it stands beside."""
     block = result.evaluation.stored
-    keys = ["acc", "nll", "brier"] + ["ece"] * (block.get("num_bins") == options.num_bins)
-    stored = block if result.temperature is None else block["temperature_scaled"]
+    keys = ["acc", "nll", "brier"] + ["ece"] * (block.num_bins == options.num_bins)
+    scored = block if result.temperature is None else block.temperature_scaled
     return [
         f"{result.evaluation.file}: its predictions give {METRICS[key].title} "
-        f"{result.values[key]:.4f}, metrics.json says {stored[key]}"
+        f"{result.values[key]:.4f}, metrics.json says {stored}"
         for key in keys
-        if key in stored
-        and not (
-            isinstance(stored[key], int | float)
-            and abs(stored[key] - result.values[key]) < TOLERANCE
-        )
+        if (stored := getattr(scored, key)) is not None
+        and abs(stored - result.values[key]) >= TOLERANCE
     ]
 
 
@@ -332,7 +351,7 @@ def _row_names(runs: list[Run]) -> dict[Path, str]:
     by_method: dict[tuple[str, bool], list[Run]] = defaultdict(list)
     for run in runs:
         by_method[run.method, "folder" in run.settings].append(run)
-    methods = shortest_tails(sorted({run.method for run in runs}))
+    methods = shortest_tails({run.method for run in runs})
     names: dict[Path, str] = {}
     taken: dict[str, tuple] = {}
     for (method, _), same in by_method.items():
@@ -342,33 +361,34 @@ def _row_names(runs: list[Run]) -> dict[Path, str]:
                 values[key].add(repr(value))
         differing = sorted(key for key, found in values.items() if len(found) > 1)
         paths = shortest_tails(
-            sorted({v for r in same for k in differing if isinstance(v := r.settings.get(k), str)})
+            {v for r in same for k in differing if isinstance(v := r.settings.get(k), str)}
         )
         for run in same:
             settings = {key: run.settings[key] for key in differing if key in run.settings}
             shown = [_flag(k, v, paths) for k, v in settings.items() if v is not None]
             more = f", {len(shown) - SHOWN_FLAGS} more" if len(shown) > SHOWN_FLAGS else ""
-            name = methods[method]
+            name = methods[method] or method
             name += f" ({', '.join(shown[:SHOWN_FLAGS])}{more})" if shown else ""
-            key, unique, number = (method, settings_key(settings)), name, 2
-            while taken.setdefault(unique, key) != key:
+            name = unique = shorten(name)
+            key, number = (method, settings_key(settings)), 2
+            while any(taken.setdefault(text, key) != key for text in (unique, unique + SCALED)):
                 unique, number = f"{name} #{number}", number + 1
             names[run.folder] = unique
     return names
 
 
-def shortest_tails(names: list[str]) -> dict[str, str]:
+def shortest_tails(names: Iterable[str]) -> dict[str, str]:
     """The last parts of each path, or of FILE:NAME, as many as tell it from the others."""
-    tails = {}
+    tails: dict[str, list[str]] = {}
     for name in names:
-        parts = [match.end() for match in re.finditer("[/:]", name.rstrip("/"))]
-        for start in [*reversed(parts), 0]:
-            tails[name] = tail = name[start:].rstrip("/")
-            if not any(
-                o != name and f"/{o.rstrip('/')}".endswith(("/" + tail, ":" + tail)) for o in names
-            ):
-                break
-    return tails
+        whole = name.rstrip("/")
+        starts = [match.end() for match in re.finditer("[/:]", whole)][-MOST_PARTS:]
+        tails[name] = [whole[start:] for start in [*reversed(starts), 0]]
+    having = Counter(tail for found in tails.values() for tail in set(found))
+    return {
+        name: next((tail for tail in found if having[tail] == 1), found[-1])
+        for name, found in tails.items()
+    }
 
 
 def _flag(name: str, value: Any, paths: dict[str, str]) -> str:
@@ -376,7 +396,9 @@ def _flag(name: str, value: Any, paths: dict[str, str]) -> str:
     if isinstance(value, bool):
         return f"{name} {str(value).lower()}"
     values = value if isinstance(value, list) else [value]
-    return f"{name} {' '.join(paths.get(v, v) if isinstance(v, str) else str(v) for v in values)}"
+    texts = (paths.get(v, v) if isinstance(v, str) else str(v) for v in values[:MOST_PARTS])
+    more = f" and {len(values) - MOST_PARTS} more" if len(values) > MOST_PARTS else ""
+    return shorten(f"{name} {' '.join(texts)}{more}")
 
 
 def _family(

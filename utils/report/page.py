@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import math
-from html import escape
 
 from utils.report.collect import Cell, Family, Report, Row
+from utils.report.escape import LONGEST_TEXT, in_html, shorten
 from utils.report.measure import METRICS, TABLES, Metric
 from utils.report.plots import Plot
 from utils.report.tables import (
@@ -104,22 +104,23 @@ def page(
     """
     families = list(enumerate(report.families))
     links = "".join(
-        f'<li><a href="#family-{i}">{escape(family.title)}</a>, {len(family.rows)} row(s), '
+        f'<li><a href="#family-{i}">{in_html(family.title)}</a>, {len(family.rows)} row(s), '
         f"{family.num_examples} examples</li>"
         for i, family in families
     )
     sections = "".join(_family(i, family, report, plots.get(i, [])) for i, family in families)
     curves = "".join(
-        f"<h3>{escape(report.training[i].source)}, {escape(report.training[i].model)}</h3>"
+        f"<h3>{in_html(report.training[i].source)}, {in_html(report.training[i].model)}</h3>"
         + _figure(plot)
         for i, plot in training.items()
     )
     left_out = len(report.skipped)
+    command = in_html(shorten(made["command"], LONGEST_TEXT))
     body = f"""
 <header><h1>Calibration and uncertainty report</h1>
 <p class="meta">{report.num_runs} run(s); {left_out} left out{_link_if(left_out, "skipped")}.
-Made by <code>{escape(made["command"])}</code><br>at commit <code>{escape(made["commit"])}</code>,
-{escape(made["time"])}. The commands and commits of the runs are under
+Made by <code>{command}</code><br>at commit <code>{in_html(made["commit"])}</code>,
+{in_html(made["time"])}. The commands and commits of the runs are under
 <a href="#made">What made the numbers</a>; a method's name in a table leads there.</p></header>
 <nav><ul>{links}</ul></nav>
 {sections}
@@ -142,19 +143,19 @@ def _link_if(number_of: int, anchor: str) -> str:
 
 
 def _family(position: int, family: Family, report: Report, plots: list[Plot]) -> str:
-    parts = [f'<section><h2 id="family-{position}">{escape(family.title)}</h2>']
+    parts = [f'<section><h2 id="family-{position}">{in_html(family.title)}</h2>']
     sentences = verdicts(family)
     if sentences:
-        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+        items = "".join(f"<li>{in_html(sentence)}</li>" for sentence in sentences)
         parts.append(f'<ul class="verdict">{items}</ul>')
-    parts += [f'<p class="note">{escape(note)}</p>' for note in family.notes]
+    parts += [f'<p class="note">{in_html(note)}</p>' for note in family.notes]
     for name, metrics in TABLES.items():
         shown = columns(family, metrics)
         if shown:
-            parts.append(f"<h3>{escape(name)}</h3>")
+            parts.append(f"<h3>{in_html(name)}</h3>")
             parts.append(_table(position, family, shown, caption(family, report, name)))
     if len(family.rows) > 1:
-        parts.append(f"<h3>Difference from {escape(family.baseline)}</h3>")
+        parts.append(f"<h3>Difference from {in_html(family.baseline)}</h3>")
         parts.append(_differences(position, family, difference_caption(family, report)))
     parts += [_figure(plot) for plot in plots]
     return "".join(parts) + "</section>"
@@ -162,8 +163,8 @@ def _family(position: int, family: Family, report: Report, plots: list[Plot]) ->
 
 def _head(titles: list[tuple[str, str]]) -> str:
     cells = "".join(
-        f'<th scope="col" title="{escape(about)}">'
-        f'<button type="button">{escape(title)}</button></th>'
+        f'<th scope="col" title="{in_html(about)}">'
+        f'<button type="button">{in_html(title)}</button></th>'
         for title, about in titles
     )
     return f"<thead><tr>{cells}</tr></thead>"
@@ -171,8 +172,8 @@ def _head(titles: list[tuple[str, str]]) -> str:
 
 def _method(position: int, number_of: int, row: Row) -> str:
     return (
-        f'<th scope="row" data-value="{escape(row.name)}">'
-        f'<a href="#made-{position}-{number_of}">{escape(row.name)}</a></th>'
+        f'<th scope="row" data-value="{in_html(row.name)}">'
+        f'<a href="#made-{position}-{number_of}">{in_html(row.name)}</a></th>'
     )
 
 
@@ -184,7 +185,7 @@ def _table(position: int, family: Family, shown: list[Metric], text: str) -> str
         draws = row.num_draws
         cells = [
             _method(position, i, row),
-            f'<td data-value="{len(row.results)}" title="seeds {escape(", ".join(row.seeds))}">'
+            f'<td data-value="{len(row.results)}" title="seeds {in_html(", ".join(row.seeds))}">'
             f"{len(row.results)}</td>",
             f'<td data-value="{draws}">{draws}</td>',
             *(_cell(row.cells.get(metric.key), family) for metric in shown),
@@ -236,9 +237,9 @@ def _differences(position: int, family: Family, text: str) -> str:
 
 def _sortable(head: list[tuple[str, str]], lines: list[str], text: str) -> str:
     return (
-        f'<div class="wide"><table class="sortable" aria-label="{escape(text.partition(".")[0])}">'
+        f'<div class="wide"><table class="sortable" aria-label="{in_html(text.partition(".")[0])}">'
         f"{_head(head)}<tbody>{''.join(lines)}</tbody></table></div>"
-        f'<p class="note">{escape(text)}</p>'
+        f'<p class="note">{in_html(text)}</p>'
     )
 
 
@@ -246,15 +247,15 @@ def _figure(plot: Plot) -> str:
     data = base64.b64encode(plot.png.read_bytes()).decode()
     files = f"{plot.png.name}, {plot.png.with_suffix('.pdf').name}"
     return (
-        f'<figure><img alt="{escape(plot.caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(plot.caption)} Files: {escape(files)}.</figcaption></figure>"
+        f'<figure><img alt="{in_html(plot.caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{in_html(plot.caption)} Files: {in_html(files)}.</figcaption></figure>"
     )
 
 
 def _about() -> str:
     rows = "".join(
-        f"<tr><th scope='row'>{escape(heading(metric))}</th><td>{escape(name)}</td>"
-        f"<td>{escape(metric.about)}</td></tr>"
+        f"<tr><th scope='row'>{in_html(heading(metric))}</th><td>{in_html(name)}</td>"
+        f"<td>{in_html(metric.about)}</td></tr>"
         for name, metrics in TABLES.items()
         for metric in metrics
     )
@@ -272,7 +273,7 @@ def _about() -> str:
 
 def _plain_method() -> str:
     paragraphs = METHOD.strip().split("\n\n")
-    return "".join(f"<p>{escape(' '.join(p.split()))}</p>" for p in paragraphs)
+    return "".join(f"<p>{in_html(' '.join(p.split()))}</p>" for p in paragraphs)
 
 
 METHOD = """
@@ -311,14 +312,14 @@ def _provenance(report: Report) -> str:
                 updates = result.run.updates
                 told = f"{updates} updates" if updates is not None else ""
                 shown = "<br>".join(
-                    escape(text) for text in (made["started"], made["host"], told) if text
+                    in_html(text) for text in (made["started"], made["host"], told) if text
                 )
                 rows.append(
-                    f"<tr{anchor}><td>{escape(family.dataset)}: {escape(row.name)}, seed "
-                    f"{escape(result.run.seed_name)}{scaled}</td>"
-                    f"<td><code>{escape(made['command'] or 'unknown')}</code></td>"
-                    f"<td><code>{escape(made['commit'] or 'unknown')}</code></td><td>{shown}</td>"
-                    f"<td>{escape(str(result.evaluation.file))}</td></tr>"
+                    f"<tr{anchor}><td>{in_html(family.dataset)}: {in_html(row.name)}, seed "
+                    f"{in_html(result.run.seed_name)}{scaled}</td>"
+                    f"<td><code>{in_html(made['command'] or 'unknown')}</code></td>"
+                    f"<td><code>{in_html(made['commit'] or 'unknown')}</code></td><td>{shown}</td>"
+                    f"<td>{in_html(str(result.evaluation.file))}</td></tr>"
                 )
     return (
         '<h2 id="made">What made the numbers</h2><div class="wide"><table class="text"><thead><tr>'
@@ -331,7 +332,7 @@ def _skipped(report: Report) -> str:
     parts = []
     if report.skipped:
         rows = "".join(
-            f"<tr><td>{escape(str(s.path))}</td><td>skipped: {escape(s.reason)}</td></tr>"
+            f"<tr><td>{in_html(str(s.path))}</td><td>skipped: {in_html(s.reason)}</td></tr>"
             for s in report.skipped
         )
         parts.append(
@@ -339,6 +340,6 @@ def _skipped(report: Report) -> str:
             f"<tbody>{rows}</tbody></table></div>"
         )
     if report.notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+        items = "".join(f"<li>{in_html(note)}</li>" for note in report.notes)
         parts.append(f'<h2 id="notes">Stored metrics that disagree</h2><ul>{items}</ul>')
     return "".join(parts)

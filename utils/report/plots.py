@@ -8,15 +8,17 @@ figures of a model and the data set that it was trained on.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.signal import convolve  # by Fourier transform where that is faster
 
-from utils.files import write_atomically
 from utils.report.collect import Family, Result, Row, Training
+from utils.report.escape import in_plot
 from utils.report.measure import COVERAGE_GRID, ENTROPY_BINS
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
+FIGURES = ("reliability", "risk-coverage", "scatter", "draws", "entropy", "training")
 MOST = 12  # rows in a figure
+MOST_POINTS = 2000  # of a training curve
+LONGEST_LABEL, LONGEST_TITLE = 34, 140  # characters
 Styled = tuple["Row", dict, str]  # a row, its colour and line style, its marker
 STYLE = {
     "font.size": 9,
@@ -127,21 +132,18 @@ def _save(
     import matplotlib.pyplot as plt
 
     png = folder / f"{stem}-{name}.png"
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE), warnings.catch_warnings():
+        # a name may be in a script that the font has no letters of
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         figure = draw()
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(in_plot(title, LONGEST_TITLE), fontsize=9)
         figure.get_layout_engine().execute(figure)  # once, not for every file
         figure.set_layout_engine("none")
         for file in (png, png.with_suffix(".pdf")):
             kind = file.suffix[1:]
             # no date inside: the same numbers give the same file
             metadata = {"CreationDate": None} if kind == "pdf" else None
-            write_atomically(
-                file,
-                lambda temporary, kind=kind, metadata=metadata: figure.savefig(
-                    temporary, format=kind, dpi=150, metadata=metadata
-                ),
-            )
+            figure.savefig(file, format=kind, dpi=150, metadata=metadata)
         plt.close(figure)
     return Plot(name, f"{title}. {caption}", png)
 
@@ -356,9 +358,10 @@ def _training(having: list[tuple[list[dict], str, dict, str]]) -> Figure:
         steps, nll = _mean_of(run["train"] for run in runs)
         if len(steps):
             width = max(1, len(nll) // 20)
-            ends = np.convolve(np.ones_like(nll), np.ones(width), "same")
-            smooth = np.convolve(nll, np.ones(width), "same") / ends
-            ax.plot(steps, smooth, label=_short(name), linewidth=1.3, **style)
+            ends = convolve(np.ones_like(nll), np.ones(width), "same")
+            smooth = convolve(nll, np.ones(width), "same") / ends
+            shown = slice(None, None, max(1, len(steps) // MOST_POINTS))
+            ax.plot(steps[shown], smooth[shown], label=_short(name), linewidth=1.3, **style)
         steps, nll = _mean_of(run["eval"] for run in runs)
         if len(steps):
             ax.plot(steps, nll, marker=marker, linestyle="", color=style["color"], markersize=4)
@@ -377,8 +380,8 @@ def _mean_of(curves) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array([np.mean(by_step[step]) for step in steps])
 
 
-def _short(name: str, most: int = 34) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def _short(name: str) -> str:
+    return in_plot(name, LONGEST_LABEL)
 
 
 def _legend(ax: Axes) -> None:

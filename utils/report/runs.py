@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from safetensors import safe_open
+import torch
+from pydantic import Field, FiniteFloat, ValidationError
 
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
-from utils.errors import UsageError
-from utils.records import read_json
+from utils.errors import UsageError, quoted
+from utils.records import (
+    INTEGERS,
+    Count,
+    Record,
+    check_tensor,
+    read_bytes,
+    read_tensors_and_metadata,
+)
+from utils.report.escape import LONGEST_TEXT, shorten
+from utils.run_records import (
+    ARGS_FILE,
+    HISTORY_FILE,
+    METRICS_FILE,
+    Block,
+    RunRecord,
+    read_metrics_record,
+    read_run_record,
+)
+from utils.temperature import HIGHEST, LOWEST
 
 # Flags that say where and how a run was kept, watched or repeated, not what it computed. Two runs
 # that differ in nothing else belong to one row of the tables.
@@ -35,6 +54,10 @@ NOT_SETTINGS = frozenset(
     }
 )
 BLOCK = 2_000_000  # numbers of draws at once: 16 MB in double precision
+MOST_NUMBERS = 2**30  # of a file's draws: 4 GiB in single precision
+MOST_CLASSES = 1000
+MOST_HISTORY = 2**28  # bytes of history.jsonl
+MOST_NLL = 1e9  # in a plot
 NOT_RUNS = ("state", "wandb", "tensorboard")  # folders that hold no run
 SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?(\d+)")
 
@@ -50,6 +73,12 @@ class Skipped:
     path: Path
     reason: str
 
+    @property
+    def line(self) -> str:
+        """Both, for text."""
+        path, reason = (shorten(text, LONGEST_TEXT) for text in (str(self.path), self.reason))
+        return f"{path}: skipped: {reason}"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -60,7 +89,7 @@ class Evaluation:
         shifted: whether it is another data set than the posterior's own.
         temperature: fitted on held-out rows, if the run has --temperature-scaling.
         omitted: why a temperature of metrics.json is not taken, if there is one.
-        stored: the block of metrics.json.
+        stored: what metrics.json says.
         provenance: command, commit, host, started of the run that evaluated; "" where unknown.
     """
 
@@ -70,10 +99,10 @@ class Evaluation:
     shifted: bool
     temperature: float | None
     omitted: str
-    stored: dict[str, Any]
+    stored: Block
 
 
-Seeds = tuple[int | str | None, ...]
+Seeds = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -132,7 +161,8 @@ class Predictions:
         labels: (n,)
         index: (n,) rows in their split.
         split: of the data set.
-        fingerprint: of data set, split, index, labels and the number of classes.
+        fingerprint: of data set, split, index, labels and the number of classes; the lower 32
+            bits seed the resamples.
     """
 
     draws: np.ndarray
@@ -150,16 +180,17 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
     """
     runs: list[Run] = []
     skipped: list[Skipped] = []
-    seen: set[Path] = set()
+    walked: set[tuple[int, int]] = set()
     for path in paths:
-        if not path.exists():
-            raise UsageError(f"there is no {path}; give folders of runs, such as checkpoints.")
-        if not path.is_dir():
-            raise UsageError(f"{path} is a file; give a run's folder, or one above it.")
-        for folder in _run_folders(path):
-            if folder.resolve() in seen:
-                continue
-            seen.add(folder.resolve())
+        if not os.path.exists(path):
+            raise UsageError(
+                f"there is no {quoted(str(path))}; give folders of runs, such as checkpoints."
+            )
+        if not os.path.isdir(path):
+            raise UsageError(
+                f"{quoted(str(path))} is a file; give a run's folder, or one above it."
+            )
+        for folder in _run_folders(path, walked, skipped):
             try:
                 runs.append(read_run(folder))
             except Unusable as error:
@@ -167,16 +198,34 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
     return sorted(runs, key=lambda run: str(run.folder)), skipped
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
-    walked: set[str] = set()
-    for folder, children, files in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in walked:  # a link to a folder above itself has no end
-            children.clear()
+def _run_folders(
+    root: Path, walked: set[tuple[int, int]], skipped: list[Skipped]
+) -> Iterator[Path]:
+    """Folders at or below `root` that a run has begun, those above first.
+
+    Args:
+        walked: devices and inodes of folders that are done: links may lead to one twice, or in
+            circles. Extended, as is `skipped` with folders that cannot be read.
+    """
+    waiting = [root]
+    while waiting:  # no recursion: folders may be nested deeper than Python's stack
+        folder = waiting.pop()
+        try:
+            about = os.stat(folder)
+            if (about.st_dev, about.st_ino) in walked:
+                continue
+            walked.add((about.st_dev, about.st_ino))
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            skipped.append(Skipped(folder, f"the folder cannot be read ({error.strerror})"))
             continue
-        walked.add(os.path.realpath(folder))
-        children[:] = sorted(c for c in children if c not in NOT_RUNS and not c.startswith("."))
-        if "metrics.json" in files or "args.json" in files:
-            yield Path(folder)
+        if "metrics.json" in names or "args.json" in names:
+            yield folder
+        waiting += [
+            folder / name
+            for name in reversed(names)
+            if name not in NOT_RUNS and not name.startswith(".") and os.path.isdir(folder / name)
+        ]
 
 
 def settings_key(settings: dict[str, Any]) -> str:
@@ -192,45 +241,42 @@ def read_run(folder: Path) -> Run:
     """
     try:
         return _read_run(folder)
+    except UsageError as error:
+        raise Unusable(str(error)) from None
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, OSError) as error:
         # Whatever else a file may hold: one run must not cost the report of all others.
         raise Unusable(f"cannot be understood ({type(error).__name__}: {error})") from None
 
 
 def _read_run(folder: Path) -> Run:
-    if not (folder / "metrics.json").is_file():
+    if not os.path.lexists(folder / METRICS_FILE):
         steps = [re.fullmatch(r"step-(\d+)", s.name) for s in (folder / "state").glob("step-*")]
         last = max((int(step[1]) for step in steps if step), default=None)
         at = "" if last is None else f" (interrupted after update {last})"
         raise Unusable(f"not finished: there is no metrics.json{at}")
-    metrics = _read_object(folder / "metrics.json")
-    stored = _read_object(folder / "args.json") if (folder / "args.json").is_file() else {}
-    args, given, made = (_object(stored.get(key)) for key in ("args", "given", "run"))
-    method = metrics.get("modelwrapper") or args.get("modelwrapper")
-    model = metrics.get("model") or args.get("model")
-    blocks = metrics.get("datasets")
-    if not isinstance(method, str) or not isinstance(model, str):
+    metrics = read_metrics_record(folder / METRICS_FILE, METRICS_FILE)
+    has_args = os.path.lexists(folder / ARGS_FILE)
+    stored = read_run_record(folder / ARGS_FILE, ARGS_FILE) if has_args else RunRecord(args={})
+    args = {"seed": metrics.seed, **stored.args}
+    method = metrics.modelwrapper or _text(args, "modelwrapper")
+    model = metrics.model or _text(args, "model")
+    if not method or not model:
         raise Unusable("metrics.json names no modelwrapper or no model")
-    if not isinstance(blocks, dict) or not blocks:
-        raise Unusable("metrics.json has no 'datasets'")
-    dataset = _data_set(args) or next(iter(blocks))
-    if dataset not in blocks:
-        raise Unusable(f"metrics.json has no block for the run's data set {dataset}")
-    args = {"seed": metrics.get("seed"), **args}
-    for name in ("seed", "seed_data", "seed_sampling"):
-        if not isinstance(args.get(name), int | str | None):
-            raise Unusable(f"{name.replace('_', '-')} is {args[name]}, not a number")
+    dataset = _data_set(args) or next(iter(metrics.datasets))
+    if dataset not in metrics.datasets:
+        raise Unusable(f"metrics.json has no block for the run's data set {quoted(dataset)}")
     posterior = _posterior_of(args, folder)
     settings = posterior.settings
-    if not stored:  # nothing but its name tells it from other runs
+    if not has_args:  # nothing but its name tells it from other runs
         settings = {"folder": SEED_IN_NAME.sub("", folder.name)}
     own = _settings(args)
     # what an evaluation of an earlier run's posterior has set otherwise
-    changed = {*given, "bayes_eval_n_samples_final"} & own.keys() - {"load_lora_path"}
-    command = made.get("command")
+    changed = {*stored.given, "bayes_eval_n_samples_final"} & own.keys() - {"load_lora_path"}
+    command = stored.run.get("command")
+    command = " ".join(map(str, command)) if isinstance(command, list) else ""
     provenance = {
-        "command": " ".join(map(str, command)) if isinstance(command, list) else "",
-        **{key: str(made.get(key) or "") for key in ("commit", "host", "started")},
+        "command": shorten(command, LONGEST_TEXT),
+        **{key: shorten(str(stored.run.get(key) or "")) for key in ("commit", "host", "started")},
     }
     run = Run(
         folder=folder,
@@ -242,23 +288,54 @@ def _read_run(folder: Path) -> Run:
         settings=settings | {key: own[key] for key in changed},
         posterior=f"{method} {posterior.seeds} {posterior.adapter_seeds} {settings_key(settings)}",
         started=provenance["started"],
-        updates=metrics.get("updates") if isinstance(metrics.get("updates"), int) else None,
+        updates=metrics.updates,
     )
-    for name, block in blocks.items():
-        stem = "predictions" if name == dataset else f"predictions-{name}"
-        block = _object(block)
-        temperature = _number(_object(block.get("temperature_scaled")).get("temperature"))
+    for name, block in metrics.datasets.items():
+        temperature = block.temperature_scaled and block.temperature_scaled.temperature
         omitted = ""
         if temperature is not None and run.dataset != dataset:
-            omitted = f"the temperature of {name} was fitted on {dataset}, not on {run.dataset}"
-        if omitted or (temperature is not None and temperature <= 0):
-            temperature = None
-        file = folder / f"{stem}.safetensors"
-        shifted = name != run.dataset
+            omitted = f"was fitted on {shorten(dataset)}, not on {shorten(run.dataset)}"
+        elif temperature is not None and not LOWEST / 2 <= temperature <= 2 * HIGHEST:
+            omitted = f"is {temperature}; those that a run fits lie between {LOWEST} and {HIGHEST}"
+        stem = "predictions" if name == dataset else f"predictions-{name.replace('/', '-')}"
         run.evaluations.append(
-            Evaluation(name, file, provenance, shifted, temperature, omitted, block)
+            Evaluation(
+                dataset=name,
+                file=folder / f"{stem}.safetensors",
+                provenance=provenance,
+                shifted=name != run.dataset,
+                temperature=None if omitted else temperature,
+                omitted=omitted and f"the temperature of {shorten(name)} {omitted}",
+                stored=block,
+            )
         )
     return run
+
+
+def _text(args: dict[str, Any], flag: str) -> str:
+    """A flag's text; "" where it has none.
+
+    Raises:
+        Unusable: it is something else.
+    """
+    value = args.get(flag)
+    if value is not None and not isinstance(value, str):
+        raise Unusable(f"args.json: the flag '{flag}' is {quoted(value)}; a text is needed")
+    return value or ""
+
+
+def _seed(args: dict[str, Any], flag: str) -> int | None:
+    """A flag's seed; --seed where it has none.
+
+    Raises:
+        Unusable: it is something else.
+    """
+    value = args.get(flag, args.get("seed"))
+    is_seed = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    if value is not None and not is_seed:
+        name = flag.replace("_", "-")
+        raise Unusable(f"{name} is {quoted(value)}, not a number from 0 to 2^63 - 1")
+    return value
 
 
 @dataclass(frozen=True)
@@ -277,18 +354,17 @@ def _posterior_of(args: dict[str, Any], folder: Path, depth: int = 0) -> _Poster
     Without training of its own it is that of the adapter's run, if the method is the same. Paths
     are tried from the run's folder upwards and then from here.
     """
-    seed = args.get("seed")
-    seeds = (seed, args.get("seed_data", seed), args.get("seed_sampling", seed))
+    seeds = tuple(_seed(args, flag) for flag in ("seed", "seed_data", "seed_sampling"))
     own = _Posterior(_data_set(args), seeds, None, _settings(args))
-    path = args.get("load_lora_path")
-    if not isinstance(path, str):
+    path = _text(args, "load_lora_path")
+    if not path:
         return own
     adapter, adapter_args = _adapter(path, folder)
     if adapter_args and depth < 9:  # a run cannot be its own adapter, but a file can say so
         loaded = _posterior_of(adapter_args, adapter, depth + 1)
     else:
-        named = SEED_IN_NAME.findall(path)
-        loaded = _Posterior("", (int(named[-1]),) * 3 if named else (), None, {})
+        named = [int(digits) for digits in SEED_IN_NAME.findall(path) if len(digits) < 19]
+        loaded = _Posterior("", (named[-1],) * 3 if named else (), None, {})
     if args.get("max_train_steps") or args.get("n_epochs"):
         return replace(own, adapter_seeds=(loaded.adapter_seeds or loaded.seeds) or None)
     source = _data_set(args, "ood_ori_dataset") or _data_set(args, "adapter_dataset")
@@ -302,16 +378,17 @@ def _posterior_of(args: dict[str, Any], folder: Path, depth: int = 0) -> _Poster
 
 def _adapter(path: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The folder of a loaded adapter, and its run's flags; none if they are not there any more."""
-    for base in (*folder.absolute().parents, Path()):
+    above = () if os.path.isabs(path) else folder.absolute().parents
+    for base in (*above, Path()):
         try:
-            return base / path, _object(_read_object(base / path / "args.json").get("args"))
-        except Unusable:
+            return base / path, read_run_record(base / path / ARGS_FILE, ARGS_FILE).args
+        except UsageError:
             continue
     return Path(path), {}
 
 
 def _data_set(args: dict[str, Any], flag: str = "dataset") -> str:
-    return str(args.get(flag) or "").rpartition(":")[2]
+    return _text(args, flag).rpartition(":")[2]
 
 
 def _settings(args: dict[str, Any]) -> dict[str, Any]:
@@ -328,47 +405,58 @@ def read_predictions(evaluation: Evaluation) -> Predictions:
     Raises:
         Unusable: the file is missing, cut short, of another data set, or its numbers are none.
     """
-    file = evaluation.file
-    if not file.is_file():
-        raise Unusable(f"there is no {file.name}")
     try:
-        with safe_open(file, framework="np") as content:
-            metadata = content.metadata() or {}
-            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-    except Exception as error:
-        if isinstance(error, OSError | TypeError) or type(error).__name__ == "SafetensorError":
-            raise Unusable(f"{file.name} cannot be read as safetensors ({error})") from None
-        raise
-    missing = {"log_probs", "labels", "index"} - tensors.keys()
+        return _read_predictions(evaluation)
+    except UsageError as error:
+        raise Unusable(str(error)) from None
+    except MemoryError:
+        raise Unusable(f"{evaluation.file.name} does not fit into the memory") from None
+
+
+def _read_predictions(evaluation: Evaluation) -> Predictions:
+    name = shorten(evaluation.file.name)
+    if not os.path.lexists(evaluation.file):
+        raise Unusable(f"there is no {name}")
+    wanted = ("log_probs", "labels", "index")
+    tensors, metadata = read_tensors_and_metadata(evaluation.file, name, wanted, MOST_NUMBERS)
+    dataset = metadata.get("dataset", evaluation.dataset)
+    if dataset != evaluation.dataset:
+        raise Unusable(f"{name} is of {quoted(dataset)}, not of {quoted(evaluation.dataset)}")
+    missing = [key for key in wanted if key not in tensors]
     if missing:
-        raise Unusable(f"{file.name} has no {' and no '.join(sorted(missing))}")
-    draws, labels, index = (tensors[key] for key in ("log_probs", "labels", "index"))
-    if metadata.get("dataset", evaluation.dataset) != evaluation.dataset:
-        raise Unusable(f"{file.name} is of {metadata['dataset']}, not of {evaluation.dataset}")
-    fits = draws.ndim == 3 and 0 not in draws.shape
-    if not fits or not labels.shape == index.shape == draws.shape[:1]:
-        shapes = ", ".join(str(tuple(a.shape)) for a in (draws, labels, index))
-        raise Unusable(f"{file.name} has shapes {shapes}, not (n, N, C), (n,), (n,)")
-    if draws.dtype.kind != "f" or labels.dtype.kind not in "iu" or index.dtype.kind not in "iu":
-        raise Unusable(f"{file.name} holds {draws.dtype}, {labels.dtype}, {index.dtype}")
-    broken = sum(int((~np.isfinite(block)).any((1, 2)).sum()) for block in row_blocks(draws))
-    if broken:
-        raise Unusable(f"{file.name} has predictions of {broken} row(s) that are not finite")
-    if labels.min() < 0 or labels.max() >= draws.shape[2]:
-        raise Unusable(f"{file.name} has labels outside of its {draws.shape[2]} classes")
-    if len(np.unique(index)) != len(index):
-        raise Unusable(f"{file.name} holds a row of the data set twice")
-    if (np.diff(index) < 0).any():
-        order = np.argsort(index)
-        draws, labels, index = draws[order], labels[order], index[order]
-    labels, index = labels.astype(np.int64), index.astype(np.int64)
+        raise Unusable(f"{name} has no {' and no '.join(missing)}")
+    log_probs, labels, index = (tensors[key] for key in wanted)
+    fits = log_probs.ndim == 3 and 0 not in log_probs.shape
+    if not fits or not labels.shape == index.shape == log_probs.shape[:1]:
+        shapes = ", ".join(str(tuple(tensors[key].shape)) for key in wanted)
+        raise Unusable(f"{name} has shapes {shorten(shapes)}, not (n, N, C), (n,), (n,)")
+    n, _, num_classes = check_tensor(tensors, "log_probs", log_probs.shape, name).shape
+    if num_classes > MOST_CLASSES:
+        raise Unusable(f"{name} has {num_classes} classes; at most {MOST_CLASSES} are measured")
+    labels, index = (
+        check_tensor(tensors, key, (n,), name, INTEGERS).long().numpy()
+        for key in ("labels", "index")
+    )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise Unusable(f"{name} has labels outside of its {num_classes} classes")
+    if index.min() < 0:
+        raise Unusable(f"{name} has a row of a negative index")
+    order = np.argsort(index, kind="stable")
+    if (np.diff(index[order]) == 0).any():
+        raise Unusable(f"{name} holds a row of the data set twice")
+    if log_probs.dtype == torch.bfloat16:  # numpy has no such type
+        log_probs = log_probs.float()
+    draws = log_probs.numpy()
     mass = (np.logaddexp.reduce(block.astype(float), axis=-1) for block in row_blocks(draws))
     if any(np.abs(block).max() > 1e-3 for block in mass):
-        raise Unusable(f"{file.name} holds probabilities that do not add up to 1")
-    split = str(metadata.get("split") or evaluation.stored.get("split") or "?")
-    examples = np.concatenate([[draws.shape[2]], index, labels]).tobytes()
-    fingerprint = zlib.crc32(f"{evaluation.dataset} {split} ".encode() + examples)
-    return Predictions(draws, labels, index, split, fingerprint)
+        raise Unusable(f"{name} holds probabilities that do not add up to 1")
+    if (np.diff(index) < 0).any():
+        draws, labels, index = draws[order], labels[order], index[order]
+    split = str(metadata.get("split") or evaluation.stored.split)
+    examples = np.concatenate([[num_classes], index, labels]).tobytes()
+    described = f"{evaluation.dataset} {split} ".encode(errors="backslashreplace") + examples
+    digest = int.from_bytes(hashlib.sha256(described).digest()[:8])
+    return Predictions(draws, labels, index, split, digest << 32 | zlib.crc32(described))
 
 
 def row_blocks(draws: np.ndarray) -> Iterator[np.ndarray]:
@@ -377,43 +465,42 @@ def row_blocks(draws: np.ndarray) -> Iterator[np.ndarray]:
     return (draws[start : start + rows] for start in range(0, len(draws), rows))
 
 
-def read_history(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """(update, NLL) of training and of evaluations while training, without broken lines."""
-    curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
-    try:
-        lines = (run.folder / "history.jsonl").read_text("utf-8", errors="replace").splitlines()
-    except OSError:
+History = dict[str, list[tuple[int, float]]]
+
+
+def read_history(run: Run) -> History:
+    """(update, NLL) of training and of evaluations while training, without broken lines.
+
+    Raises:
+        Unusable: there is a history, but it cannot be read.
+    """
+    curves: History = {"train": [], "eval": []}
+    file = run.folder / HISTORY_FILE
+    if not os.path.lexists(file):
         return curves
-    for line in lines:
+    try:
+        content = read_bytes(file, file.name, MOST_HISTORY)
+    except UsageError as error:
+        raise Unusable(f"no training curves: {error}") from None
+    for line in content.splitlines():
         try:
-            record = _object(json.loads(line))
-        except ValueError:  # a kill may cut a line in half
+            record = _HistoryLine.model_validate_json(line)
+        except ValidationError:  # a kill may cut a line in half
             continue
-        step = _number(record.get("step"))
-        for name, source in (("train", record), ("eval", _object(record.get("eval")))):
-            nll = _number(source.get("nll"))
-            if step is not None and nll is not None:
-                curves[name].append((int(step), nll))
+        for name, nll in (("train", record.nll), ("eval", record.eval and record.eval.nll)):
+            if nll is not None:
+                curves[name].append((record.step, nll))
     return curves
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = read_json(file, file.name)
-    except UsageError as error:
-        raise Unusable(str(error)) from None
-    if not isinstance(content, dict):
-        raise Unusable(f"{file.name} holds no JSON object")
-    return content
+class _Measured(Record):
+    """What a line of the history says of an evaluation."""
+
+    nll: Annotated[FiniteFloat, Field(ge=-MOST_NLL, le=MOST_NLL)] | None = None
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+class _HistoryLine(_Measured):
+    """A line of history.jsonl, as far as the report shows it."""
 
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        return float(value) if is_number and math.isfinite(value) else None
-    except OverflowError:  # an integer without end
-        return None
+    step: Count
+    eval: _Measured | None = None

@@ -36,6 +36,12 @@ from utils.seeding import mix_seed
 
 TAIL = 0.025  # on each side of an interval
 CHUNK = 8_000_000  # weights at once: 64 MB
+MOST_ROWS = 1000  # resamples at once: with few examples, sums over bins are larger than the weights
+
+
+def seed_of_examples(stream: str, seed: int, fingerprint: int) -> int:
+    """The seed of a stream that equal examples have in common; of a fingerprint, 32 bits count."""
+    return mix_seed(stream, seed, fingerprint & 0xFFFFFFFF)
 
 
 def resample(sizes: dict[int, int], resamples: int, seed: int) -> Iterator[list[np.ndarray]]:
@@ -49,8 +55,10 @@ def resample(sizes: dict[int, int], resamples: int, seed: int) -> Iterator[list[
     Yields:
         counts (r, n) for each of `sizes`.
     """
-    rngs = [np.random.default_rng(mix_seed("bootstrap examples", seed, key)) for key in sizes]
-    rows = max(1, CHUNK // max(sizes.values()))
+    rngs = [
+        np.random.default_rng(seed_of_examples("bootstrap examples", seed, key)) for key in sizes
+    ]
+    rows = max(1, min(CHUNK // max(sizes.values()), MOST_ROWS))
     for start in range(0, resamples, rows):
         drawn = range(min(rows, resamples - start))
         yield [

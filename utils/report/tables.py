@@ -7,7 +7,16 @@ import io
 import math
 import re
 
+from utils.errors import one_line
 from utils.report.collect import Cell, Family, Report, Row
+from utils.report.escape import (
+    LONGEST_TEXT,
+    code_in_markdown,
+    in_csv,
+    in_latex,
+    in_markdown,
+    shorten,
+)
 from utils.report.measure import METRICS, TABLES, Metric
 
 SHORT = ("acc", "ece", "nll", "brier")  # of the terminal
@@ -22,20 +31,6 @@ RULE = (
     "†: where no row is, the best one and those not told apart from it. "
     f"{BRACKETS}"
 )
-LATEX_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "\N{NO-BREAK SPACE}": "~",
-    "^": r"\textasciicircum{}",
-    "†": r"$^\dagger$",
-    "–": "--",
-    "↓": r"$\downarrow$",
-    "↑": r"$\uparrow$",
-}
 
 
 def number(value: float) -> str:
@@ -136,11 +131,12 @@ def terminal(report: Report) -> str:
     for family in report.families:
         head = ["method", "seeds", "draws", *(METRICS[key].title for key in SHORT)]
         lines = [head] + [
-            [row.name, str(len(row.results)), row.num_draws]
+            [one_line(row.name), str(len(row.results)), row.num_draws]
             + [_plain(row.cells.get(key), bold="{}*") for key in SHORT]
             for row in family.rows
         ]
-        blocks.append(f"{family.title}: {family.num_examples} examples\n{_aligned(lines)}")
+        title = one_line(family.title)
+        blocks.append(f"{title}: {family.num_examples} examples\n{_aligned(lines)}")
     if report.options.resamples:
         blocks.append(
             "[95 % interval]  *: better than every other row, significantly  "
@@ -171,9 +167,10 @@ def _aligned(lines: list[list[str]]) -> str:
 
 def markdown(report: Report, made: dict[str, str]) -> str:
     """All tables, each under its caption."""
-    parts = [f"Made by `{made['command']}` at commit {made['commit']}, {made['time']}."]
+    command = code_in_markdown(shorten(made["command"], LONGEST_TEXT))
+    parts = [f"Made by {command} at commit {in_markdown(made['commit'])}, {made['time']}."]
     for family in report.families:
-        parts.append(f"## {family.title}")
+        parts.append(f"## {in_markdown(family.title)}")
         for name, metrics in TABLES.items():
             shown = columns(family, metrics)
             if not shown:
@@ -181,25 +178,23 @@ def markdown(report: Report, made: dict[str, str]) -> str:
             lines = [["method", "seeds", "draws", *map(heading, shown)]]
             for row in family.rows:
                 cells = [_plain(row.cells.get(m.key), bold="**{}**") for m in shown]
-                lines.append([row.name, str(len(row.results)), row.num_draws, *cells])
-            parts += [f"### {name}", caption(family, report, name), _aligned(_escape_pipes(lines))]
+                name_of_row = in_markdown(row.name)
+                lines.append([name_of_row, str(len(row.results)), row.num_draws, *cells])
+            text = in_markdown(caption(family, report, name).strip())
+            parts += [f"### {name}", text, _aligned(lines)]
         if len(family.rows) > 1:
             lines = [["method", *(heading(METRICS[key]) for key in DIFFERENCES)]]
             for row in family.rows:
                 if row.name != family.baseline:
                     cells = [_plain_difference(row, key, "**{}**") for key in DIFFERENCES]
-                    lines.append([row.name, *cells])
-            parts += [f"### Difference from {family.baseline}", difference_caption(family, report)]
-            parts.append(_aligned(_escape_pipes(lines)))
-        parts += [f"- {note}" for note in family.notes]
+                    lines.append([in_markdown(row.name), *cells])
+            parts.append(f"### Difference from {in_markdown(family.baseline)}")
+            parts += [in_markdown(difference_caption(family, report)), _aligned(lines)]
+        parts += [f"- {in_markdown(note)}" for note in family.notes]
     if report.skipped:
         parts.append("## Left out")
-        parts.append("\n".join(f"- {s.path}: skipped: {s.reason}" for s in report.skipped))
+        parts.append("\n".join(f"- {in_markdown(item.line)}" for item in report.skipped))
     return "\n\n".join(parts) + "\n"
-
-
-def _escape_pipes(lines: list[list[str]]) -> list[list[str]]:
-    return [[cell.replace("|", "\\|") for cell in line] for line in lines]
 
 
 def _plain_difference(row: Row, key: str, bold: str) -> str:
@@ -218,7 +213,8 @@ def _plain_difference(row: Row, key: str, bold: str) -> str:
 def latex(report: Report, made: dict[str, str]) -> str:
     r"""All tables for `\input`; the preamble needs \usepackage{booktabs}."""
     parts = [
-        f"% Made by {_one_line(made['command'])}\n% commit {made['commit']}, {made['time']}\n"
+        f"% Made by {shorten(made['command'], LONGEST_TEXT)}\n"
+        f"% commit {one_line(made['commit'])}, {made['time']}\n"
         "% Needs \\usepackage{booktabs}; intervals are in tables.csv."
     ]
     for family in report.families:
@@ -229,23 +225,23 @@ def latex(report: Report, made: dict[str, str]) -> str:
             head = ["method", "seeds", "draws", *map(heading, shown)]
             lines = [
                 [
-                    *map(_tex, (row.name, str(len(row.results)), row.num_draws)),
+                    *map(in_latex, (row.name, str(len(row.results)), row.num_draws)),
                     *(_tex_cell(row.cells.get(m.key)) for m in shown),
                 ]
                 for row in family.rows
             ]
             text = caption(family, report, name).replace(BRACKETS, "")
-            parts.append(_tex_table([_tex(h) for h in head], lines, text))
+            parts.append(_tex_table([in_latex(h) for h in head], lines, text))
         others = [row for row in family.rows if row.name != family.baseline]
         if others:
             head = ["method", *(heading(METRICS[key]) for key in DIFFERENCES)]
             lines = [
-                [_tex(row.name)]
+                [in_latex(row.name)]
                 + [_tex_math(_plain_difference(row, key, r"\textbf{{{}}}")) for key in DIFFERENCES]
                 for row in others
             ]
             parts.append(
-                _tex_table([_tex(h) for h in head], lines, difference_caption(family, report))
+                _tex_table([in_latex(h) for h in head], lines, difference_caption(family, report))
             )
     return "\n\n".join(parts) + "\n"
 
@@ -253,7 +249,7 @@ def latex(report: Report, made: dict[str, str]) -> str:
 def _tex_table(head: list[str], lines: list[list[str]], text: str) -> str:
     rows = " \\\\\n".join(" & ".join(line) for line in lines)
     return (
-        f"\\begin{{table}}\n\\centering{_tex_size(len(head))}\n\\caption{{{_tex(text.strip())}}}\n"
+        f"\\begin{{table}}\n\\centering{_tex_size(len(head))}\n\\caption{{{in_latex(text.strip())}}}\n"
         f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n{' & '.join(head)} \\\\\n"
         f"\\midrule\n{rows} \\\\\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}"
     )
@@ -263,27 +259,19 @@ def _tex_size(num_columns: int) -> str:
     return r"\small" if num_columns <= 8 else r"\scriptsize\setlength{\tabcolsep}{3pt}"
 
 
-def _tex(text: str) -> str:
-    return "".join(LATEX_ESCAPES.get(character, character) for character in text)
-
-
 def _tex_cell(cell: Cell | None) -> str:
     if cell is None:
         return "--"
-    value = _tex(number(cell.value))
+    value = in_latex(number(cell.value))
     return (
         f"\\textbf{{{value}}}"
         if cell.mark == "best"
-        else value + _tex("†" if cell.mark == "tied" else "")
+        else value + in_latex("†" if cell.mark == "tied" else "")
     )
 
 
 def _tex_math(text: str) -> str:
     return re.sub(r"([+-])(?=\d)", r"$\1$", text.replace("–", "--"))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 # --- CSV ------------------------------------------------------------------------------------------
@@ -297,26 +285,30 @@ CSV_COLUMNS = (
 
 
 def comma_separated(report: Report) -> str:
-    """One line per row and metric, with everything that the other tables round or leave out."""
+    """One line per row and metric, with everything that the other tables round or leave out.
+
+    Text that a spreadsheet would take for a formula has an apostrophe before it.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for family in report.families:
         for row in family.rows:
-            commits = {r.evaluation.provenance["commit"] for r in row.results}
+            commits = sorted({r.evaluation.provenance["commit"] for r in row.results})
             runs = [str(r.run.folder) for r in row.results]
+            names = (family.model, family.source, family.dataset, family.split, row.name)
             for key, cell in row.cells.items():
                 numbers = (cell.value, cell.low, cell.high, cell.spread, cell.floor or math.nan)
                 difference = cell.difference or (math.nan,) * 4
                 writer.writerow(
                     [
-                        *(family.model, family.source, family.dataset, family.split, row.name, key),
+                        *(*map(in_csv, names), key),
                         *map(_exact, numbers),
-                        *(cell.mark, family.baseline, *map(_exact, difference)),
+                        *(cell.mark, in_csv(family.baseline), *map(_exact, difference)),
                         *(family.num_examples, row.num_draws, len(row.results)),
-                        " ".join(row.seeds),
+                        in_csv(" ".join(row.seeds)),
                         *(report.options.num_bins, report.options.resamples),
-                        *(" ".join(sorted(commits)), " ".join(runs)),
+                        *(in_csv(" ".join(commits)), in_csv(" ".join(runs))),
                     ]
                 )
     return out.getvalue()
