@@ -267,7 +267,7 @@ def test_the_terminal_shows_hostile_names_and_obeys_none(hostile):
 
 
 def test_tables_md_with_hostile_names_has_no_markup(hostile):
-    text = (hostile[0] / "tables.md").read_text()
+    text = (hostile[0] / "tables.md").read_text(encoding="utf-8")
     assert "<" not in text and "](" not in text and "://" not in text
     for block in text.split("\n\n"):
         if block.startswith("|"):
@@ -284,7 +284,7 @@ def test_tables_csv_with_hostile_names_has_no_formula(hostile):
 
 
 def test_tables_tex_with_hostile_names_is_text(hostile):
-    text = (hostile[0] / "tables.tex").read_text()
+    text = (hostile[0] / "tables.tex").read_text(encoding="utf-8")
     for caption in re.findall(r"\\caption\{(.*)\}$", text, re.M):
         assert not set("\\{}$&%#_^") & set(without_commands(caption))
     assert text.count(r"\caption") == text.count(r"\end{table}") == text.count(r"\begin{table}")
@@ -295,7 +295,7 @@ def test_tables_tex_with_hostile_names_is_text(hostile):
 
 
 def test_the_page_with_hostile_names_has_only_its_own_tags(hostile):
-    found = Tags((hostile[0] / "report.html").read_text())
+    found = Tags((hostile[0] / "report.html").read_text(encoding="utf-8"))
     assert found.tags.count("script") == found.tags.count("style") == 1
     assert not {"img", "svg", "iframe", "b"} & set(found.tags)
     assert not [key for key, _ in found.attributes if key.startswith("on")]
