@@ -939,6 +939,9 @@ class WrapperBase(PeftModel):
         }
 
 
+# --- small helpers -------------------------------------------------------------------------------
+
+
 def _padded_on_the_left(inputs: Batch) -> Batch:
     """Every row moved to the right by the padding behind its last token."""
     mask = inputs["attention_mask"]
@@ -951,9 +954,6 @@ def _padded_on_the_left(inputs: Batch) -> Batch:
         key: value.gather(-1, source) if value.shape == mask.shape else value
         for key, value in inputs.items()
     }
-
-
-# --- small helpers -------------------------------------------------------------------------------
 
 
 def _with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:
