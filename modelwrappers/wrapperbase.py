@@ -1080,6 +1080,9 @@ class WrapperBase(PeftModel):
         return tensors
 
 
+# --- small helpers -------------------------------------------------------------------------------
+
+
 def _padded_on_the_left(inputs: Batch) -> Batch:
     """Every row moved to the right by the padding behind its last token."""
     mask = inputs["attention_mask"]
@@ -1092,9 +1095,6 @@ def _padded_on_the_left(inputs: Batch) -> Batch:
         key: value.gather(-1, source) if value.shape == mask.shape else value
         for key, value in inputs.items()
     }
-
-
-# --- small helpers -------------------------------------------------------------------------------
 
 
 def _with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:
