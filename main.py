@@ -12,27 +12,29 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
-from dataset import build_dataset
+from dataset import build_dataset, check_data_sets
 from modelwrappers import build_wrapper, get_wrapper
 from modelwrappers.sharding import check_sharding, shards_base
 from utils.args import Args, build_parser, finish, first_pass
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError
-from utils.files import write_json
+from utils.interrupts import Interrupted, interrupts
 from utils.logging import check_tracker, init_tracker, logger, name_process, setup_logging
 from utils.metrics import Metrics
 from utils.run_folder import RunFolder, run_folder_path
+from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
 
 LIBRARIES = (
     "torch",
@@ -61,22 +63,44 @@ def main(argv: list[str] | None = None) -> Metrics:
     Raises:
         UsageError: the call cannot work as it was made.
         RunError: the run failed.
+        Interrupted: by SIGINT or SIGTERM.
     """
     setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
     args = parse_args(argv)
+    check_data_sets(args)
     name_process(args)
     check_tracker(args)
     accelerator = build_accelerator(args)
-    folder = open_run_folder(args, accelerator)
-    if args.resume and (finished := folder.finished()):
-        logger.info("%s is finished; nothing to resume.", folder.path)
-        return Metrics(*(finished[args.dataset.rpartition(":")[2]][k] for k in Metrics._fields))
+    folder = RunFolder(
+        run_folder_path(args),
+        accelerator.process_index,
+        accelerator.num_processes,
+        get_wrapper(args.modelwrapper).adapter_files,
+    )
+    with interrupts.handled():
+        try:
+            return run_in(folder, args, accelerator, argv)
+        except KeyboardInterrupt as error:
+            raise told_interruption(folder, error) from None
+        finally:
+            folder.close()
+
+
+def run_in(
+    folder: RunFolder, args: Args, accelerator: Accelerator, argv: list[str] | None
+) -> Metrics:
+    """The run that belongs into `folder`, unless it is there already."""
+    folder.plan = on_main_process(accelerator, lambda: folder.open(args))
+    if folder.plan.kept:
+        return kept_metrics(folder, args)
+    check_purpose(args)
 
     set_seed(args.seed)
     dataset = build_dataset(args, accelerator)
     wrapper = build_wrapper(args, dataset.num_labels, accelerator)
     wrapper.prepare_for_fit_evaluate(dataset)
-    begin_run(folder, args, accelerator)
+    begin_run(folder, args, accelerator, argv)
+    wrapper.run_folder = folder
     init_tracker(accelerator, args, folder.path)
     metrics = wrapper.fit_evaluate()
     accelerator.end_training()
@@ -89,6 +113,19 @@ def main(argv: list[str] | None = None) -> Metrics:
     )
     logger.info("Run folder: %s", folder.path)
     return metrics
+
+
+def check_purpose(args: Args) -> None:
+    """There is something to train or something trained to evaluate.
+
+    Raises:
+        UsageError: a new adapter would be evaluated as it was initialised.
+    """
+    if args.load_lora_path is None and not (args.max_train_steps or args.n_epochs):
+        raise UsageError(
+            "there is nothing to train (--max-train-steps and --n-epochs are 0) and no adapter to "
+            "evaluate; pass a length, or --load-lora-path."
+        )
 
 
 def build_accelerator(args: Args) -> Accelerator:
@@ -117,41 +154,70 @@ def build_accelerator(args: Args) -> Accelerator:
     return accelerator
 
 
-def open_run_folder(args: Args, accelerator: Accelerator) -> RunFolder:
-    """The run's folder, checked for space and for an earlier run."""
-    folder = RunFolder(run_folder_path(args), accelerator.process_index, accelerator.num_processes)
+def on_main_process(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
+    """What `decide` returns or raises on the main process, on all of them."""
+    answer: list[Any] = [None]
     if accelerator.is_main_process:
-        folder.check_writable()
-        folder.check_against_earlier_run(args)
-    accelerator.wait_for_everyone()
-    setup_logging(accelerator.is_main_process, folder.path / "log.txt")
-    return folder
+        try:
+            answer = [decide()]
+        except (UsageError, RunError) as error:
+            answer = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if isinstance(answer[0], UsageError | RunError):
+        raise answer[0]
+    return answer[0]
 
 
-def begin_run(folder: RunFolder, args: Args, accelerator: Accelerator) -> None:
-    """args.json and log.txt begin anew, and what an earlier run has left goes.
+def kept_metrics(folder: RunFolder, args: Args) -> Metrics:
+    """What the finished run has measured."""
+    file = folder.path / METRICS_FILE
+    name = args.dataset.rpartition(":")[2]
+    blocks = read_metrics_record(file, "--log-path").datasets
+    if name not in blocks:
+        raise UsageError(
+            f"{file} has no metrics of {name}; restore it, or pass --overwrite to make the run "
+            "again."
+        )
+    logger.info("%s is finished: it is kept as it is (--overwrite replaces it).", folder.path)
+    return Metrics(*(getattr(blocks[name], key) for key in Metrics._fields))
 
-    Not before data and model are there: a call that cannot work takes nothing away.
+
+def begin_run(
+    folder: RunFolder, args: Args, accelerator: Accelerator, argv: list[str] | None
+) -> None:
+    """The folder is made and args.json and log.txt begin.
+
+    Not before data and model are there: a call that cannot work leaves nothing.
     """
-    if args.resume and folder.states:
-        return
-    if accelerator.is_main_process:
-        source = Path(args.load_lora_path or ".").resolve()
-        folder.clear(keep_adapter=source == folder.path.resolve())
-        stored = {
-            "args": args.as_dict(),
-            "given": args.given,
-            "run": provenance() | {"num_processes": accelerator.num_processes},
-        }
-        write_json(folder.path / "args.json", stored)
-    accelerator.wait_for_everyone()
-    setup_logging(accelerator.is_main_process, folder.path / "log.txt")
+    stored = {
+        "args": stored_flags(args),
+        "given": {key: stored_flags(args)[key] for key in args.given},
+        "run": provenance(argv) | {"num_processes": accelerator.num_processes},
+    }
+    on_main_process(accelerator, lambda: folder.begin(args, stored))
+    folder.is_open = True
+    setup_logging(accelerator.is_main_process, folder.files / LOG_FILE)
 
 
-def provenance() -> dict[str, Any]:
+def told_interruption(folder: RunFolder, error: KeyboardInterrupt) -> Interrupted:
+    """The interruption, with a message that promises no more than there is."""
+    number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+    state = folder.states[-1:] if folder.is_open else []
+    if state:
+        message = (
+            f"Interrupted; the state of {state[0].name} is kept: run the same command with "
+            "--resume (without --overwrite) to go on from it."
+        )
+    else:
+        message = "Interrupted before there was a state; run the command again to start over."
+    return Interrupted(number, message)
+
+
+def provenance(argv: list[str] | None) -> dict[str, Any]:
     """What made this run: command, versions, commit, host, time."""
     return {
-        "command": sys.argv,
+        "command": sys.argv if argv is None else ["main.py", *argv],
         "commit": current_commit(),
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -175,9 +241,15 @@ def run(argv: list[str] | None = None) -> int:
             str(error).partition(".")[0],
         )
         return RunError.exit_code
-    except KeyboardInterrupt:
-        logger.error("Interrupted; run the same command with --resume to go on.")
-        return 130
+    except SystemExit:
+        if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+            raise
+        # whatever its code was: a run that did not come to its end must not look finished
+        logger.error("RunError: code that the run calls has ended it by sys.exit().")
+        return RunError.exit_code
+    except KeyboardInterrupt as error:
+        logger.error("%s", error if isinstance(error, Interrupted) else "Interrupted.")
+        return error.exit_code if isinstance(error, Interrupted) else 130
     return 0
 
 

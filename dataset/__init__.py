@@ -14,6 +14,15 @@ DATASETS: dict[str, type[DatasetBase]] = {
 }
 
 
+def check_data_sets(args) -> None:
+    """Look the data sets of --dataset and --ood-datasets up, before anything is written for them.
+
+    Raises:
+        UsageError: one is unknown, its record breaks a rule, or two have one name.
+    """
+    DATASETS[args.dataset_type].check_shifted(args)
+
+
 def build_dataset(args, accelerator) -> DatasetBase:
     """The data set that the flags name, tokenized and ready to be iterated."""
     return DATASETS[args.dataset_type](args, accelerator)

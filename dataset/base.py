@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -12,15 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from dataset.sources import Row, load_rows
-from dataset.tasks import Task
-from utils.embedded import resolve_model
-from utils.errors import UsageError
-from utils.hub import go_offline_if_unreachable
+from dataset.sources import Row, is_folder, load_rows
+from dataset.tasks import PUBLISHED_FLAGS, Task, checked_task
+from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
+from utils.errors import UsageError, described, quoted
 from utils.logging import logger
-from utils.registry import lookup
+from utils.registry import lookup, users_code
 from utils.seeding import mix_seed
 
 Example = dict[str, Any]
@@ -33,23 +33,27 @@ def load_tokenizer(args) -> PreTrainedTokenizerBase:
         UsageError: there is none to be found.
     """
     for name in filter(None, (args.load_model_path, args.model)):
-        path = resolve_model(name)
-        if not Path(path).is_dir():
-            go_offline_if_unreachable()
         try:
-            return AutoTokenizer.from_pretrained(
-                path,
+            load_config(name, args.trust_remote_code)  # the tokenizer's own reader believes it
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_path(name),
                 use_fast=not args.use_slow_tokenizer,
                 trust_remote_code=args.trust_remote_code,
             )
-        except Exception as error:
-            # transformers raises OSError, ValueError, KeyError and others for the same thing
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    raise UsageError(
-        f"no tokenizer can be loaded for --model {args.model}: {reason}\n"
-        "--model takes a hub id (with network access or a filled cache), a folder that "
-        "`save_pretrained` wrote, or an embedded model: smollm2-135m, minilm-l6."
-    )
+            most = tokenizer.model_max_length
+            if not isinstance(most, int | float) or not most >= 1:
+                raise ValueError(f"its model_max_length is {quoted(most)}")
+            return tokenizer
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except UsageError as error:
+            problem = str(error)
+        except BaseException as error:
+            # transformers raises OSError, ValueError, KeyError and others for the same thing; the
+            # library below panics, with a class that is no Exception
+            problem = f"no tokenizer can be loaded for --model {shown(name)}: {described(error)}"
+            problem += f"\n{REMEDY}"
+    raise UsageError(problem)
 
 
 # --testing-set values of existing command lines that say where anchors come from, too
@@ -159,17 +163,17 @@ class DatasetBase(ABC):
     ) -> None:
         self.args = args
         self.accelerator = accelerator
-        name = name or args.dataset
-        self.task: Task = lookup(self.tasks, name, "data set")
-        if not isinstance(self.task, Task):
-            raise UsageError(f"--dataset {name}: it must be a dataset.tasks.Task record.")
-        for flag, published in (("choice_format", "text_first"), ("boolq_tokens", "swapped")):
+        is_shifted = name is not None
+        name = args.dataset if name is None else name
+        self.task = self.find_task(name)
+        for flag, published in PUBLISHED_FLAGS.items():
             if getattr(args, flag) == published:
                 self.task = dataclasses.replace(self.task, **self.task.published.get(flag, {}))
-        is_shifted = name != args.dataset
+        if not is_shifted:
+            self.check_shifted(args)
         source = args.ood_ori_dataset or (args.dataset if is_shifted else None)
         if source is not None and (self.target_ids_are_tokens or not is_shifted):
-            self._take_answers_of(lookup(self.tasks, source, "data set"))
+            self._take_answers_of(self.find_task(source))
         self.eval_split = EVALUATED.get(args.testing_set, args.testing_set)
         if is_shifted and args.testing_set == "train_val":
             self.eval_split = "val"
@@ -183,6 +187,37 @@ class DatasetBase(ABC):
         accelerator.wait_for_everyone()
         if not accelerator.is_local_main_process:
             self.tokenizer = tokenizer or load_tokenizer(args)
+
+    @classmethod
+    def find_task(cls, name: str) -> Task:
+        """The record of a data set, by its name or as FILE.py:NAME.
+
+        Raises:
+            UsageError: there is none of that name, or a field of it breaks its rule.
+        """
+        return checked_task(lookup(cls.tasks, name, "data set"), name)
+
+    @classmethod
+    def check_shifted(cls, args) -> None:
+        """Hold the names of --dataset and --ood-datasets against each other.
+
+        Each has a block of metrics.json and a file of predictions of its name, which another of
+        that name would replace.
+
+        Raises:
+            UsageError: one of them is unknown, or two have one name.
+        """
+        own = cls.find_task(args.dataset).name
+        taken = {own.lower(), args.dataset.rpartition(":")[2].lower(), "held_out"}
+        for name in args.ood_datasets or ():
+            shifted = cls.find_task(name).name
+            if shifted.lower() in taken:
+                raise UsageError(
+                    f"--ood-datasets {quoted(name)}: the results of a data set are kept under its "
+                    f"name, and there already are some of {quoted(shifted)} (--dataset is "
+                    f"{quoted(args.dataset)}); name each data set once, or rename yours."
+                )
+            taken.add(shifted.lower())
 
     def _take_answers_of(self, source: Task) -> None:
         """Let the answers be those that the adapter was trained on, where they agree with ours.
@@ -275,7 +310,7 @@ class DatasetBase(ABC):
                     f"the classifier is one for {', '.join(self.task.choices)}."
                 )
             data_dir = self.args.data_dir
-            if data_dir is not None and not (Path(data_dir) / other.task.name).is_dir():
+            if data_dir is not None and not is_folder(Path(data_dir) / other.task.name):
                 raise UsageError(
                     f"--ood-datasets {name}: --data-dir {data_dir} has no folder "
                     f"{other.task.name}; with several data sets each needs its own in there."
@@ -352,8 +387,9 @@ class DatasetBase(ABC):
                 f"{self.task.name} has no split to train on; it has {', '.join(self.task.splits)}. "
                 "Evaluate on it, or take anchors elsewhere (--testing-set train_val_val)."
             )
+        task = self.task
         rows = load_rows(
-            self.task.source, self.task.splits[split], self.args.data_dir, self.task.name
+            task.source, task.splits[split], self.args.data_dir, task.name, task.example
         )
         examples, num_cut = [], 0
         for index, (where, row) in enumerate(rows[: limit or None]):
@@ -361,39 +397,83 @@ class DatasetBase(ABC):
             if missing:
                 raise UsageError(
                     f"{where}: column '{missing[0]}' is missing; {self.task.name} needs "
-                    f"{', '.join(self.task.columns)}."
+                    f"{', '.join(self.task.columns)}, the row has {quoted(', '.join(row))}."
                 )
-            try:
-                label = self.task.label(row)
-                if not 0 <= label < self.num_labels:
-                    raise ValueError(label)
-            except (KeyError, ValueError, IndexError, TypeError, AttributeError):
-                raise UsageError(
-                    f"{where}: unknown label in {row}; {self.task.name} has the answers "
-                    f"{', '.join(self.task.choices)}."
-                ) from None
-            try:
-                example, cut = self.encode(row)
-            except UsageError as error:
-                raise UsageError(f"{where}: {error}") from None
-            except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-                raise UsageError(f"{where}: malformed row ({error!r}): {row}.") from None
+            example, cut = self._encoded(row, where)
+            label = self._label(row, where)
             examples.append(example | {"labels": label, "index": index})
             num_cut += cut
         if num_cut:
             logger.info(
-                "%s: %d of %d rows were cut to --max-seq-len %d (context only).",
+                "%s: %d of %d rows were cut to %d tokens (%s).",
                 self.task.splits[split],
                 num_cut,
                 len(examples),
-                self.args.max_seq_len,
+                self.max_length,
+                self._limit[1],
             )
         return examples
 
+    def _encoded(self, row: Row, where: str) -> tuple[Example, bool]:
+        with users_code(lambda: f"{where}: {self.task.name} cannot read the row {quoted(row)}"):
+            example, cut = self.encode(row)
+        self._check_tokens(example["input_ids"], where)
+        return example, cut
+
+    def _label(self, row: Row, where: str) -> int:
+        """The row's label, which must be an index into the task's choices."""
+
+        def told() -> str:
+            answers = quoted(", ".join(self.task.choices), 400)
+            return f"{where}: unknown label in the row {quoted(row)} (answers: {answers})"
+
+        with users_code(told):
+            label = self.task.label(row)
+            if isinstance(label, bool):
+                raise TypeError(f"the label is {label}; it must be an index")
+            label = operator.index(label)
+            if not 0 <= label < self.num_labels:
+                raise ValueError(f"{quoted(label)} is not between 0 and {self.num_labels - 1}")
+        return label
+
+    def _check_tokens(self, tokens: list[int], where: str) -> None:
+        """A row must have tokens, and the model must know them."""
+        if not tokens:
+            raise UsageError(f"{where}: the row's text has no tokens.")
+        size = getattr(self._model_config and self._model_config.get_text_config(), "vocab_size", 0)
+        if size and not 0 <= max(tokens) < size:
+            raise UsageError(
+                f"{where}: the tokenizer gives token {max(tokens)}, but the model knows {size} "
+                f"tokens: the tokenizer of --model {self.args.model} is that of another model."
+            )
+
+    @cached_property
+    def _model_config(self) -> PreTrainedConfig | None:
+        """What the base model says of itself; None where the model is only known to the caller."""
+        try:
+            name = self.args.load_model_path or self.args.model
+            return load_config(name, self.args.trust_remote_code)
+        except UsageError:  # whoever loads the model says so
+            return None
+
+    @cached_property
+    def _limit(self) -> tuple[int, str]:
+        """The most tokens of a row, and who says so."""
+        most = self.tokenizer.model_max_length
+        limits = [
+            (self.args.max_seq_len, f"--max-seq-len is {self.args.max_seq_len}"),
+            (most, f"the tokenizer's limit is {most}"),
+        ]
+        positions = num_positions(self._model_config) if self._model_config else None
+        if positions is not None:
+            limits.append((positions, f"the model has {positions} positions"))
+        number, reason = min(limits)
+        return int(number), reason
+
     @property
     def max_length(self) -> int:
-        """--max-seq-len, or what the tokenizer's model takes at most."""
-        return min(self.args.max_seq_len, self.tokenizer.model_max_length)
+        """--max-seq-len, or what tokenizer and model take at most."""
+        return self._limit[0]
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """Pad token lists to one length: the longest's, or --max-seq-len."""

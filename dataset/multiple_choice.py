@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dataset.base import DatasetBase, Example
 from dataset.sources import Row
-from dataset.tasks import MULTIPLE_CHOICE_TASKS
-from utils.errors import UsageError
+from dataset.tasks import MULTIPLE_CHOICE_TASKS, Prompt, checked_text
+from utils.errors import UsageError, quoted
 
 
 class MultipleChoice(DatasetBase):
@@ -61,22 +61,34 @@ class MultipleChoice(DatasetBase):
 
     def encode(self, row: Row) -> tuple[Example, bool]:
         """Tokens of the prompt. One that is too long loses the end of its context, nothing else."""
-        head, context, tail = self.task.prompt(row)
+        head, context, tail = self._prompt(row)
         ids = self._tokenize(head + context + tail)
-        cut = len(ids) > self.args.max_seq_len
-        while len(ids) > self.args.max_seq_len:
+        most, reason = self._limit
+        cut = len(ids) > most
+        while len(ids) > most:
             words = self.tokenizer(context, add_special_tokens=False).input_ids
             if not words:
                 raise UsageError(
-                    f"the question alone has {len(ids)} tokens, --max-seq-len is "
-                    f"{self.args.max_seq_len}; a question is never cut, so raise --max-seq-len."
+                    f"the question alone has {len(ids)} tokens, {reason}; a question is never cut: "
+                    "raise --max-seq-len, choose a model that reads more, or leave the row out."
                 )
             # Joined again, the pieces may tokenize to another length: hence the loop.
-            keep = max(0, len(words) - (len(ids) - self.args.max_seq_len))
+            keep = max(0, len(words) - (len(ids) - most))
             shorter = self.tokenizer.decode(words[:keep], skip_special_tokens=True)
             context = shorter if len(shorter) < len(context) else context[:-1]
             ids = self._tokenize(head + context + tail)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}, cut
+
+    def _prompt(self, row: Row) -> Prompt:
+        prompt = self.task.prompt(row)
+        if not isinstance(prompt, Prompt):
+            raise TypeError(
+                f"the task's prompt gives {quoted(prompt)}; a causal LM reads a Prompt(head, "
+                "context, tail), sentences are for --dataset-type bertds"
+            )
+        for name, part in zip(Prompt._fields, prompt, strict=True):
+            checked_text(part, f"the prompt's {name}")
+        return prompt
 
     def _tokenize(self, text: str) -> list[int]:
         ids = self.tokenizer(text).input_ids

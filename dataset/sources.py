@@ -1,24 +1,30 @@
 """Where rows come from: the hub, local files in the hub's schema, or the embedded corpus.
 
 A row is a plain dict in the hub's own columns. `load_rows` also says where each row stands, so that
-a message about a bad row can name its file and line.
+a message about a bad row can name its file and line. A file gives all of its rows or an error:
+nothing that cannot be read is passed over.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterator
+import io
+import math
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from utils.embedded import bbc_articles
-from utils.errors import UsageError
+from utils.errors import UsageError, described, quoted
 from utils.hub import go_offline_if_unreachable
+from utils.records import parse_json, read_text
+from utils.registry import users_code
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+MOST_BYTES = 4 * 2**30  # of one file of rows; all of them are held in memory
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,16 @@ class Hub:
         go_offline_if_unreachable()
         try:
             data = load_dataset(self.path, self.config, split=split)
+            return [(f"{self.path} [{split}] row {i}", row) for i, row in enumerate(data)]
         except Exception as error:
             # datasets raises many classes for "no network", "no such set", "no such split".
             raise UsageError(
                 f"the data set {self.path} ({self.config or 'default'}, split {split}) cannot be "
-                f"loaded from the hub: {_first_line(error)}\n"
+                f"loaded from the hub: {described(error)}\n"
                 "Without network access, put the rows in local files and pass --data-dir DIR, with "
                 f"DIR/{split}.jsonl (or .json, .csv, .parquet) in the hub's own columns; or use an "
                 "embedded data set: --dataset bbc_headlines."
             ) from None
-        return [(f"{self.path} [{split}] row {i}", row) for i, row in enumerate(data)]
 
 
 @dataclass(frozen=True)
@@ -77,57 +83,95 @@ class BBCNews:
 Source = Hub | HubGroup | BBCNews
 
 
-def load_rows(source: Source, split: str, data_dir: str | None, name: str) -> list[tuple[str, Row]]:
+def load_rows(
+    source: Source | None,
+    split: str,
+    data_dir: str | None,
+    name: str,
+    example: Mapping[str, Any] | None = None,
+) -> list[tuple[str, Row]]:
     """(where, row) of one split, from `data_dir` if given, else from the task's own source.
 
     Several data sets may stand in one `data_dir`, each in a folder of its name.
 
+    Args:
+        source: where the rows are, without a `data_dir`.
+        split: the source's name of it.
+        data_dir: the folder of local files, if any.
+        name: the task's.
+        example: a row. A column that has text in it is text in a CSV, too, whatever it looks like.
     Raises:
         UsageError: nothing can be found or read there; the message says what was looked for.
     """
     if data_dir:
         folder = Path(data_dir)
-        rows = _local_rows(folder / name if (folder / name).is_dir() else folder, split)
-    else:
-        rows = source.rows(split)
+        folder = folder / name if is_folder(folder / name) else folder
+        texts = {key for key, value in (example or {}).items() if isinstance(value, str)}
+        return _local_rows(folder, split, texts)
+    if source is None:
+        raise UsageError(f"{name} names no source of its rows; pass --data-dir DIR.")
+    with users_code(f"the rows of {name}"):  # a source may be a user's own class
+        rows = [(str(where), _as_row(row, str(where))) for where, row in source.rows(split)]
     if not rows:
-        raise UsageError(f"{data_dir or source} has no rows in split '{split}'.")
+        raise UsageError(f"{quoted(repr(source))} has no rows in split '{split}'.")
     return rows
 
 
-def _local_rows(folder: Path, split: str) -> list[tuple[str, Row]]:
-    if not folder.is_dir():
-        raise UsageError(f"--data-dir: there is no folder {folder}.")
-    for suffix in SUFFIXES:
-        file = folder / f"{split}{suffix}"
-        if file.is_file():
-            try:
-                rows = list(_READERS[suffix](file))
-            except csv.Error as error:
-                raise UsageError(f"{file} cannot be read as CSV: {error}.") from None
-            except UnicodeDecodeError as error:
-                raise UsageError(
-                    f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it."
-                ) from None
-            if not rows:
-                raise UsageError(f"{file} has no rows; it needs at least one.")
-            return rows
-    wanted = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
-    raise UsageError(f"--data-dir: {folder} has none of {wanted}.")
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder that can be looked into; never an error."""
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, a parent that may not be entered
+        return False
+
+
+# --- local files ----------------------------------------------------------------------------------
+
+
+def _local_rows(folder: Path, split: str, texts: set[str]) -> list[tuple[str, Row]]:
+    if not is_folder(folder):
+        raise UsageError(f"--data-dir: there is no folder {quoted(str(folder))} that can be read.")
+    names = [f"{split}{suffix}" for suffix in SUFFIXES]
+    try:
+        # listed, not asked for one by one: a link that leads nowhere is a mistake, not an absence
+        present = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise UsageError(f"--data-dir: {folder} cannot be read ({error.strerror}).") from None
+    found = [name for name in names if name in present]
+    if not found:
+        raise UsageError(f"--data-dir: {folder} has none of {', '.join(names)}.")
+    if len(found) > 1:
+        raise UsageError(
+            f"--data-dir: {folder} has {' and '.join(found)}; keep one of them, so that it is "
+            "clear which rows are meant."
+        )
+    file = folder / found[0]
+    rows = list(_READERS[file.suffix](file))
+    if file.suffix == ".csv":
+        rows = [
+            (where, {key: cell if key in texts else _nested(cell) for key, cell in row.items()})
+            for where, row in rows
+        ]
+    if not rows:
+        raise UsageError(f"{file} has no rows; it needs at least one.")
+    return rows
+
+
+def _text(file: Path) -> str:
+    """The file's text, without the mark that Excel and some editors begin with."""
+    return read_text(file, "--data-dir", MOST_BYTES).removeprefix("\ufeff")
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, Row]]:
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield (
-                    f"{file}:{number}",
-                    _as_row(_parse(line, f"{file}:{number}"), f"{file}:{number}"),
-                )
+    # not splitlines(), which also cuts at line separators that JSON allows inside of a string
+    for number, line in enumerate(io.StringIO(_text(file), newline=None), 1):
+        if line.strip():
+            where = f"{file}:{number}"
+            yield where, _as_row(_parse(line, where), where)
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
-    content = _parse(file.read_text(encoding="utf-8"), str(file))
+    content = _parse(_text(file), str(file))
     if not isinstance(content, list):
         raise UsageError(f"{file} must hold a list of objects, one per row.")
     for number, row in enumerate(content, 1):
@@ -135,20 +179,69 @@ def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
-    with open(file, encoding="utf-8-sig", newline="") as lines:  # Excel begins with a mark
-        reader = csv.DictReader(lines)
-        for row in reader:
-            where = f"{file}:{reader.line_num}"
-            cells = {k: v for k, v in row.items() if k is not None and v is not None}
-            yield where, {key: _nested(value) for key, value in cells.items()}
+    """Rows of a CSV, strictly: a row has the header's number of cells, and its quotes are closed.
+
+    Columns without a name, such as the index that pandas writes, are left out; so are empty lines.
+    """
+    text = _text(file)
+    if "\0" in text:
+        raise UsageError(f"{file} holds NUL characters; is it UTF-16? Convert it to UTF-8.")
+    header: list[str] | None = None
+    for line, cells in _csv_cells(file, text):
+        where = f"{file}:{line}"
+        is_blank = len(cells) == 1 and not cells[0].strip()
+        if not cells or (is_blank and (header is None or len(header) > 1)):
+            continue  # an empty line
+        if header is None:
+            header = _header(cells, where)
+            continue
+        if len(cells) != len(header):
+            raise UsageError(
+                f"{where}: the row has {len(cells)} cells, the header has {len(header)}; a comma "
+                'inside of a cell needs quotes around it ("a, b"), and every quote its end.'
+            )
+        yield where, {k: v for k, v in zip(header, cells, strict=True) if k}
+
+
+def _csv_cells(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of each row, where the line is the row's first."""
+    # with line ends as they are: those inside of quotes are part of the cell
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            reason = "a quote is never closed" if "end of data" in str(error) else str(error)
+            raise UsageError(
+                f"{file}:{line}: the row that begins here cannot be read as CSV: {reason} (a quote "
+                'inside of a quoted cell is written "").'
+            ) from None
+        yield line, cells
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    _check_columns([name for name in names if name], where)
+    if not any(names):
+        raise UsageError(f"{where}: the header names no column.")
+    return names
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    twice = _first_repeated(names)
+    if twice is not None:
+        raise UsageError(f"{where}: the column {quoted(twice)} stands there twice.")
 
 
 def _nested(cell: str) -> Any:
     """A nested column, such as ARC's or MMLU's choices, is JSON in its cell; the rest is text."""
     if cell.startswith(("{", "[")):
         try:
-            value = json.loads(cell)
-        except ValueError:
+            value = _parse(cell, "")
+        except UsageError:
             return cell
         if isinstance(value, dict) or all(isinstance(item, str) for item in value):
             return value  # a list of anything else is text in brackets
@@ -158,19 +251,56 @@ def _nested(cell: str) -> Any:
 def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet
 
+    _check_ordinary(file)
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
+        with pyarrow.parquet.ParquetFile(file) as content:  # no columns out of the folders' names
+            table = content.read()
+        names = table.column_names
+        rows = table.to_pylist()
     except Exception as error:
-        raise UsageError(f"{file} cannot be read as parquet: {_first_line(error)}") from None
+        raise UsageError(f"{file} cannot be read as parquet: {described(error)}") from None
+    _check_columns(names, str(file))
     for number, row in enumerate(rows, 1):
-        yield f"{file} row {number}", row
+        yield f"{file} row {number}", {key: _or_none(value) for key, value in row.items()}
+
+
+def _or_none(value: Any) -> Any:
+    """pandas writes NaN where a column of numbers has no value."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _check_ordinary(file: Path) -> None:
+    """A pipe would wait for ever for somebody to write into it."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UsageError(f"--data-dir: {file} is no ordinary file; a file is needed.")
+    except OSError as error:
+        raise UsageError(f"--data-dir: {file} cannot be read ({error.strerror}).") from None
+
+
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{where}: not valid JSON ({error}).") from None
+    return parse_json(text, where, object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object, if no key stands in it twice: the last one would win in silence."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = _first_repeated([key for key, _ in pairs])
+        raise ValueError(f"the key {quoted(twice)} stands in an object twice")
+    return content
+
+
+def _first_repeated(names: list[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no value of JSON; write null where there is none")
 
 
 def _as_row(value: Any, where: str) -> Row:
@@ -179,11 +309,7 @@ def _as_row(value: Any, where: str) -> Row:
     return value
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-_READERS = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -6,13 +6,16 @@ arXiv 2308.13111; BLoB, arXiv 2406.11675). The embedded tasks are this project's
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dataset.sources import BBCNews, Hub, HubGroup, Row, Source
 from utils.embedded import TOPICS
+from utils.errors import UsageError, quoted
 
 
 class Prompt(NamedTuple):
@@ -29,7 +32,8 @@ class Task:
 
     Attributes:
         name: as in --dataset.
-        source: hub id, or the embedded corpus. `--data-dir` replaces it.
+        source: hub id, or the embedded corpus; anything with `rows(split)` that gives (where, row),
+            or None where `--data-dir`, which replaces it, is always given.
         splits: "train", "val" and "test" (as in --testing-set) to the source's split names. The
             published protocol evaluates on "val".
         columns: the columns that a row must have.
@@ -44,8 +48,8 @@ class Task:
     """
 
     name: str
-    source: Source
-    splits: dict[str, str]
+    source: Source | None
+    splits: Mapping[str, str]
     columns: tuple[str, ...]
     choices: tuple[str, ...]
     prompt: Callable[[Row], Prompt | tuple[str, ...]]
@@ -58,17 +62,204 @@ class Task:
 LETTERS = ("A", "B", "C", "D", "E")
 TRAIN_VALIDATION = {"train": "train", "val": "validation"}
 TRAIN_TEST = {"train": "train", "val": "test", "test": "test"}
+PUBLISHED_FLAGS = {"choice_format": "text_first", "boolq_tokens": "swapped"}
+
+
+# --- a record of a user's own ---------------------------------------------------------------------
+
+
+def checked_task(task: Any, spec: str) -> Task:
+    """The record that --dataset or --ood-datasets names, after every field was looked at.
+
+    Args:
+        task: what stands under that name.
+        spec: the name, for the message.
+    Returns:
+        the record, its lists turned into tuples.
+    Raises:
+        UsageError: no `Task`, or the first field that breaks its rule.
+    """
+    if not isinstance(task, Task):
+        raise UsageError(f"--dataset {quoted(spec)}: it must be a dataset.tasks.Task record.")
+    for name, (rule, holds) in _RULES.items():
+        value = getattr(task, name)
+        if not holds(value):
+            raise UsageError(
+                f"--dataset {quoted(spec)}: the field '{name}' is {quoted(value)}; it must be "
+                f"{rule}."
+            )
+    return dataclasses.replace(task, columns=tuple(task.columns), choices=tuple(task.choices))
+
+
+def _is_text(value: Any) -> bool:
+    """Text with something in it, and nothing that UTF-8 has no bytes for."""
+    if not (isinstance(value, str) and value.strip()):
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_name(value: Any) -> bool:
+    """A name that can be a folder's or a part of a file's on any system."""
+    if not isinstance(value, str) or len(value.encode("utf-8", "surrogatepass")) > 100:
+        return False
+    return re.fullmatch(r"\w[\w.+ -]*", value) is not None
+
+
+def _is_split(value: Any) -> bool:
+    """A split's name: with --data-dir it is the beginning of a file's name, in that folder."""
+    is_path = isinstance(value, str) and any(mark in value for mark in "/\\\0")
+    return _is_text(value) and len(value) <= 100 and not is_path
+
+
+def _are_texts(value: Any, least: int) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) >= least
+        and all(map(_is_text, value))
+        and len(set(value)) == len(value)
+    )
+
+
+def _is_source(value: Any) -> bool:
+    if isinstance(value, Hub):
+        return _is_text(value.path) and (value.config is None or _is_text(value.config))
+    if isinstance(value, HubGroup):
+        return _is_text(value.path) and _are_texts(value.configs, 1)
+    is_class = isinstance(value, type)
+    return value is None or (not is_class and callable(getattr(value, "rows", None)))
+
+
+def _are_splits(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(key in ("train", "val", "test") for key in value)
+        and all(map(_is_split, value.values()))
+    )
+
+
+def _are_replacements(value: Any) -> bool:
+    """For each flag fields of the record, each as the record's own rule has it."""
+    return isinstance(value, Mapping) and all(
+        key in PUBLISHED_FLAGS
+        and isinstance(fields, Mapping)
+        and all(name in _RULES and _RULES[name][1](new) for name, new in fields.items())
+        for key, fields in value.items()
+    )
+
+
+# field of a `Task` -> what it must be, in words and as a function
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": (
+        "text of at most 100 bytes, letters, digits and ._+- or spaces after them: it names files",
+        _is_name,
+    ),
+    "source": (
+        "Hub('owner/name', config), HubGroup, an object with a method rows(split), or None",
+        _is_source,
+    ),
+    "splits": (
+        "a dict from 'train', 'val' and 'test' to names of the source's splits, such as "
+        "{'train': 'train', 'val': 'validation'}",
+        _are_splits,
+    ),
+    "columns": ("a tuple of column names, each once", lambda value: _are_texts(value, 0)),
+    "choices": (
+        "a tuple of at least two different texts, none of them empty",
+        lambda value: _are_texts(value, 2),
+    ),
+    "prompt": ("a function of a row", callable),
+    "label": ("a function of a row", callable),
+    "published": (
+        "a dict from 'choice_format' and 'boolq_tokens' to fields of the record",
+        _are_replacements,
+    ),
+    "eos_published": ("True or False", lambda value: isinstance(value, bool)),
+    "example": (
+        "a row (a dict), or None",
+        lambda value: value is None or isinstance(value, Mapping),
+    ),
+}
+
+
+# --- values of a row ------------------------------------------------------------------------------
+
+
+def checked_text(value: Any, what: str) -> str:
+    """`value`, if it is text that a tokenizer can take.
+
+    Raises:
+        ValueError: it is something else, or has half of a surrogate pair in it.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {quoted(value)}; it must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} has half a surrogate pair at character {error.start}") from None
+    return value
+
+
+def text_of(row: Row, key: str) -> str:
+    """The text of a column."""
+    return checked_text(row[key], f"column '{key}'")
+
+
+def options_of(row: Row, key: str) -> list[str]:
+    """The texts of a row's choices: a list, or one under "text" beside their labels, as in ARC.
+
+    Raises:
+        ValueError: no list of one to five texts, or labels that are not A, B, C or 1, 2, 3.
+    """
+    texts, labels = row[key], None
+    if isinstance(texts, Mapping):
+        texts, labels = texts.get("text"), texts.get("label")
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"column '{key}': the choices are no list, but {quoted(texts)}")
+    if not 0 < len(texts) <= len(LETTERS):
+        problem = "no choices" if not texts else f"more than {len(LETTERS)} choices"
+        raise ValueError(f"column '{key}' has {problem}")
+    numbers = tuple(str(i + 1) for i in range(len(texts)))
+    # in another order the answer key would name another choice than the one shown with its letter
+    if labels is not None and (
+        not isinstance(labels, list | tuple)
+        or tuple(map(str, labels)) not in (LETTERS[: len(texts)], numbers)
+    ):
+        raise ValueError(
+            f"column '{key}': the choices' labels are {quoted(labels)}; they must be A, B, C "
+            "and so on, or 1, 2, 3 and so on, one for each choice"
+        )
+    return [checked_text(text, f"column '{key}': choice {i + 1}") for i, text in enumerate(texts)]
 
 
 # --- answers --------------------------------------------------------------------------------------
 
 
+def whole_number(row: Row, key: str, rule: str = "a whole number") -> int:
+    """A column's whole number: an integer, 1.0 as pandas has it, or the digits of a CSV.
+
+    Nothing is rounded, and True is no 1.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = row[key]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):
+        return int(value)
+    raise ValueError(f"column '{key}' is {quoted(value)}; it must be {rule}")
+
+
 def letter_or_number(key: str) -> Callable[[Row], int]:
     """An answer key that is a letter from A on, or a number from 1 on (some rows of ARC)."""
+    rule = f"a letter from {LETTERS[0]} to {LETTERS[-1]}, or a number from 1 on"
 
     def label(row: Row) -> int:
-        answer = str(row[key]).strip()
-        return int(answer) - 1 if answer.isdigit() else LETTERS.index(answer)
+        answer = row[key].strip() if isinstance(row[key], str) else None
+        return LETTERS.index(answer) if answer in LETTERS else whole_number(row, key, rule) - 1
 
     return label
 
@@ -77,14 +268,29 @@ def class_index(num_labels: int, key: str = "label") -> Callable[[Row], int]:
     """A class index, as in GLUE. -1 (an unlabelled row of a hidden test set) is an error."""
 
     def label(row: Row) -> int:
-        return range(num_labels).index(int(row[key]))
+        index = whole_number(row, key)
+        if not 0 <= index < num_labels:
+            raise ValueError(f"column '{key}' is {quoted(index)}; it must be 0 to {num_labels - 1}")
+        return index
 
     return label
 
 
 def zero_based(key: str) -> Callable[[Row], int]:
     """An index from 0 on, as in MMLU and HellaSwag."""
-    return lambda row: int(row[key])
+    return lambda row: whole_number(row, key)
+
+
+def among(key: str, answer: Callable[[Row], int]) -> Callable[[Row], int]:
+    """`answer`, which must be one of the choices that the row itself has in column `key`."""
+
+    def label(row: Row) -> int:
+        index, number = answer(row), len(options_of(row, key))
+        if not 0 <= index < number:
+            raise ValueError(f"the answer is choice {quoted(index + 1)} of {number}")
+        return index
+
+    return label
 
 
 def sciq_label(row: Row) -> int:
@@ -96,12 +302,19 @@ def boolean_answer(key: str) -> Callable[[Row], int]:
     """True -> 0, False -> 1: the order of the answer words."""
 
     def label(row: Row) -> int:
-        return ("true", "false").index(str(row[key]).lower())
+        answer = row[key].strip().lower() if isinstance(row[key], str) else row[key]
+        if isinstance(answer, bool):
+            return int(not answer)
+        if answer not in ("true", "false"):
+            raise ValueError(f"column '{key}' is {quoted(row[key])}; it must be true or false")
+        return ("true", "false").index(answer)
 
     return label
 
 
 def topic(row: Row) -> int:
+    if row["topic"] not in TOPICS:
+        raise ValueError(f"column 'topic' is {quoted(row['topic'])}")
     return TOPICS.index(row["topic"])
 
 
@@ -112,10 +325,8 @@ INSTRUCTION = "Return the label of the correct answer for the question below.\n\
 
 def multiple_choice(question: str, choices: list[str], form: str = "{letter}) {text}") -> Prompt:
     """Instruction, question, one line per choice, and "Answer:"."""
-    if isinstance(choices, str):
-        raise ValueError(f"the choices are no list, but {choices!r}")
-    if not 0 < len(choices) <= len(LETTERS):
-        raise ValueError("no choices" if not choices else f"more than {len(LETTERS)} choices")
+    if not question.strip():
+        raise ValueError("the question is empty")
     # Rows with answers 1..4 are shown with letters like all others: the answer tokens are letters.
     lines = "\n".join(
         form.format(letter=letter, text=text)
@@ -125,35 +336,26 @@ def multiple_choice(question: str, choices: list[str], form: str = "{letter}) {t
 
 
 def winogrande_prompt(row: Row) -> Prompt:
-    return multiple_choice(row["sentence"], [row["option1"], row["option2"]])
+    return multiple_choice(
+        text_of(row, "sentence"), [text_of(row, "option1"), text_of(row, "option2")]
+    )
 
 
-def arc_prompt(row: Row) -> Prompt:
-    return multiple_choice(row["question"], row["choices"]["text"])
-
-
-def obqa_prompt(row: Row) -> Prompt:
-    return multiple_choice(row["question_stem"], row["choices"]["text"])
+def asked(question: str, key: str) -> Callable[[Row], Prompt]:
+    """The prompt of a row whose question and choices stand in these two columns."""
+    return lambda row: multiple_choice(text_of(row, question), options_of(row, key))
 
 
 def text_first(question: str) -> Callable[[Row], Prompt]:
     """Choices as the published runs write those of ARC and OBQA, with the rows' own labels."""
 
     def prompt(row: Row) -> Prompt:
-        pairs = zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+        pairs = zip(options_of(row, "choices"), row["choices"]["label"], strict=True)
         return multiple_choice(
-            row[question], [f"{text}) {label}" for text, label in pairs], "{text}"
+            text_of(row, question), [f"{text}) {label}" for text, label in pairs], "{text}"
         )
 
     return prompt
-
-
-def mmlu_prompt(row: Row) -> Prompt:
-    return multiple_choice(row["question"], row["choices"])
-
-
-def commonsense_qa_prompt(row: Row) -> Prompt:
-    return multiple_choice(row["question"], row["choices"]["text"])
 
 
 def sciq_choices(row: Row) -> list[str]:
@@ -161,26 +363,28 @@ def sciq_choices(row: Row) -> list[str]:
 
     The source names them apart: in any fixed order the answer would always have the same letter.
     """
-    texts = [row["correct_answer"], *(row[f"distractor{i}"] for i in (1, 2, 3))]
-    return sorted(
-        texts, key=lambda text: hashlib.sha256((row["question"] + text).encode()).digest()
-    )
+    question = text_of(row, "question")
+    texts = [
+        text_of(row, key) for key in ("correct_answer", *(f"distractor{i}" for i in (1, 2, 3)))
+    ]
+    return sorted(texts, key=lambda text: hashlib.sha256((question + text).encode()).digest())
 
 
 def sciq_prompt(row: Row) -> Prompt:
-    return multiple_choice(row["question"], sciq_choices(row))
+    return multiple_choice(text_of(row, "question"), sciq_choices(row))
 
 
 def hellaswag_prompt(row: Row) -> Prompt:
-    return multiple_choice(f"Which ending completes this text? {row['ctx']}", row["endings"])
+    question = f"Which ending completes this text? {text_of(row, 'ctx')}"
+    return multiple_choice(question, options_of(row, "endings"))
 
 
 def boolq_prompt(row: Row) -> Prompt:
     return Prompt(
         "Read the passage below and answer the question with the words 'true' or 'false'.\n\n"
         "Passage: ",
-        row["passage"],
-        f"\nQuestion: {row['question']}\nAnswer (true or false):",
+        text_of(row, "passage"),
+        f"\nQuestion: {text_of(row, 'question')}\nAnswer (true or false):",
     )
 
 
@@ -188,16 +392,19 @@ def bbc_prompt(row: Row) -> Prompt:
     # Topic words are asked for, not letters: a 135M model learns words in forty updates and stays
     # near chance on letters.
     words = ", ".join(TOPICS)
-    return Prompt(f"Topics: {words}.\n\nNews: ", row["text"], "\nTopic:")
+    text = text_of(row, "text")
+    if not text.strip():
+        raise ValueError("column 'text' is empty")
+    return Prompt(f"Topics: {words}.\n\nNews: ", text, "\nTopic:")
 
 
 def wic_sentences(row: Row) -> tuple[str, str]:
     """The word is part of the input: the sentences alone do not say whose sense is asked for."""
-    return f"{row['word']}: {row['sentence1']}", row["sentence2"]
+    return f"{text_of(row, 'word')}: {text_of(row, 'sentence1')}", text_of(row, "sentence2")
 
 
 def sentences(*keys: str) -> Callable[[Row], tuple[str, ...]]:
-    return lambda row: tuple(row[key] for key in keys)
+    return lambda row: tuple(text_of(row, key) for key in keys)
 
 
 # --- the records ----------------------------------------------------------------------------------
@@ -235,8 +442,8 @@ def _arc(name: str, example: Row) -> Task:
         splits=TRAIN_VALIDATION | {"test": "test"},
         columns=("question", "choices", "answerKey"),
         choices=LETTERS,
-        prompt=arc_prompt,
-        label=letter_or_number("answerKey"),
+        prompt=asked("question", "choices"),
+        label=among("choices", letter_or_number("answerKey")),
         published={"choice_format": {"prompt": text_first("question")}},
         example=example,
     )
@@ -249,8 +456,8 @@ def _mmlu(name: str, *subjects: str) -> Task:
         splits={"val": "test", "test": "test"},
         columns=("question", "choices", "answer"),
         choices=LETTERS[:4],
-        prompt=mmlu_prompt,
-        label=zero_based("answer"),
+        prompt=asked("question", "choices"),
+        label=among("choices", zero_based("answer")),
         example={
             "question": f"Which of these belongs to {subjects[0].replace('_', ' ')}?",
             "subject": subjects[0],
@@ -336,8 +543,8 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         splits=TRAIN_VALIDATION | {"test": "test"},
         columns=("question_stem", "choices", "answerKey"),
         choices=LETTERS[:4],
-        prompt=obqa_prompt,
-        label=letter_or_number("answerKey"),
+        prompt=asked("question_stem", "choices"),
+        label=among("choices", letter_or_number("answerKey")),
         published={"choice_format": {"prompt": text_first("question_stem")}},
         example={
             "question_stem": "The sun is",
@@ -385,8 +592,8 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         splits=TRAIN_VALIDATION,
         columns=("question", "choices", "answerKey"),
         choices=LETTERS,
-        prompt=commonsense_qa_prompt,
-        label=letter_or_number("answerKey"),
+        prompt=asked("question", "choices"),
+        label=among("choices", letter_or_number("answerKey")),
         example={
             "question": "Where does a book stand?",
             "choices": _lettered("oven", "shelf", "pond", "engine", "cloud"),
@@ -416,7 +623,7 @@ MULTIPLE_CHOICE_TASKS = _by_name(
         columns=("ctx", "endings", "label"),
         choices=LETTERS[:4],
         prompt=hellaswag_prompt,
-        label=zero_based("label"),
+        label=among("endings", zero_based("label")),
         example={
             "ctx": "A man sits down at a piano. He",
             "endings": ["eats it.", "swims away.", "begins to play.", "melts."],

@@ -5,6 +5,7 @@ three of its hooks, and add one line to `WRAPPERS`. Or leave the repository alon
 `--modelwrapper path/to/file.py:ClassName`.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -12,6 +13,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+
+from modelwrappers.lora.exact_4bit import deny_avx512bf16
+
+deny_avx512bf16()  # before the first import of PEFT, which imports bitsandbytes
 
 from modelwrappers import wrapperbase
 from modelwrappers.backbone import load_model, lora_config

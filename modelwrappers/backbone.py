@@ -14,18 +14,20 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from modelwrappers.engine.posterior import adapter_folder, read_adapter_config
-from utils.embedded import resolve_model
-from utils.errors import UsageError, quoted
-from utils.hub import go_offline_if_unreachable
+from modelwrappers.lora.exact_4bit import use_exact_4bit
+from utils.base_model import REMEDY, load_config, model_path, shown
+from utils.errors import UsageError, described, quoted
 from utils.logging import logger
+
+MOST_PARAMETERS = 2**42  # of a base model; the largest that are published have a third of it
 
 # model_type of a transformers config -> names of its query, key and value projections. A fused
 # projection stands for all three.
@@ -64,26 +66,30 @@ def load_model(
     Raises:
         UsageError: the model cannot be found, has no weights, or cannot be quantised here.
     """
-    path = resolve_model(args.load_model_path or args.model)
-    if not Path(path).is_dir():
-        go_offline_if_unreachable()
+    name = args.load_model_path or args.model
     is_classifier = args.model_type == "seqcls"
     auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    head = {"num_labels": num_labels} if is_classifier else {}
+    config = load_config(name, args.trust_remote_code, **head)
     kwargs: dict[str, Any] = {
+        "config": config,  # the one that was looked at
         "dtype": _dtype(args, device),
         "trust_remote_code": args.trust_remote_code,
+        "use_safetensors": True,  # nothing is unpickled
         "output_loading_info": True,
     }
     if is_classifier:  # a head for another number of classes is replaced by a new one
-        kwargs |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+        kwargs["ignore_mismatched_sizes"] = True
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         if type(config) not in auto._model_mapping and not args.trust_remote_code:
             kind = "classifier" if is_classifier else "causal LM"
             raise UsageError(
                 f"--model {args.model}: there is no {kind} of the architecture "
                 f"'{config.model_type}'; choose another --model or --dataset-type."
             )
+        path = model_path(name)
+        if type(config) in auto._model_mapping:
+            _check_weights(auto, config, Path(path), name)
         if args.quantization != "none":
             kwargs["device_map"] = {"": device}
             kwargs["quantization_config"] = _quantization(args, auto, config, kwargs["dtype"])
@@ -92,12 +98,8 @@ def load_model(
         raise
     except Exception as error:
         # transformers and the hub raise a dozen classes here; to the user it is one thing.
-        first_line = (str(error).strip().splitlines() or [""])[0]
         raise UsageError(
-            f"--model {args.load_model_path or args.model} cannot be loaded: "
-            f"{type(error).__name__}: {first_line}\n"
-            "It must be a hub id (with network access or a filled cache), a folder with "
-            "config.json and model.safetensors, or an embedded model: smollm2-135m, minilm-l6."
+            f"--model {shown(name)} cannot be loaded: {described(error)}\n{REMEDY}"
         ) from None
     if args.quantization == "none" and not stay_on_cpu:
         model.to(device)
@@ -106,17 +108,56 @@ def load_model(
     model.config.use_cache = False
     absent = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     new = sorted({key.rpartition(".")[0] for key in absent})
-    if new and not is_classifier:
+    roots = head_roots(model)
+    lacking = [name for name in new if not _is_within(name, roots)]
+    if lacking:
+        kind = "encoder" if is_classifier else "causal LM"
         raise UsageError(
-            f"--model {args.model}: there are no weights for {', '.join(new)}; the folder does not "
-            "hold a complete causal LM."
+            f"--model {shown(name)}: there are no weights for "
+            f"{shown(', '.join(lacking))} (of that shape); it does not hold a complete {kind}."
         )
-    # What has to be trained whole: see `lora_config` and `WrapperBase`.
-    model.head_roots = _head_roots(model, new) if is_classifier else []
+    if is_classifier and not roots:
+        raise UsageError(
+            f"--model {shown(name)}: a {type(model).__name__} does not say which part of it is the "
+            "classification head, which has to be trained; choose another --model."
+        )
     model.requires_grad_(False)
+    use_exact_4bit(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _check_weights(auto, config: PreTrainedConfig, path: Path, name: str) -> None:
+    """Hold the model that config.json describes against the weights, before it takes any memory.
+
+    Raises:
+        UsageError: there are none that can be read without unpickling, or config.json describes a
+            model of many times their size.
+    """
+    with torch.device("meta"):
+        described_size = sum(p.numel() for p in auto.from_config(config).parameters())
+    most = MOST_PARAMETERS
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            pickled = next(path.glob("*.bin"), None)
+            if pickled is None:
+                raise UsageError(
+                    f"--model {shown(name)} cannot be loaded: no *.safetensors is in it. {REMEDY}"
+                )
+            raise UsageError(
+                f"--model {shown(name)} cannot be loaded: its weights are pickled "
+                f"({pickled.name}), and nothing is unpickled here. If you trust them, load them "
+                "with transformers and save them again: `save_pretrained` writes safetensors."
+            )
+        # four-bit weights are stored two to a byte; what a new head adds is small beside that
+        most = min(most, 4 * sum(file.stat().st_size for file in files) + 2**24)
+    if described_size > most:
+        raise UsageError(
+            f"--model {shown(name)}: config.json describes a model of {described_size} "
+            f"parameters, but its weights are those of at most {most}; one of the two is damaged."
+        )
 
 
 def _first(token: int | list[int] | None) -> int | None:
@@ -144,7 +185,7 @@ def _quantization(args, auto, config, dtype: torch.dtype) -> BitsAndBytesConfig:
     keep = None
     if args.model_type == "seqcls":
         with torch.device("meta"):
-            keep = _head_roots(auto.from_config(config), [])
+            keep = head_roots(auto.from_config(config))
     if args.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     return BitsAndBytesConfig(
@@ -180,14 +221,14 @@ def lora_config(args, model: PreTrainedModel, adapter: LoraConfig | None = None)
         return _adapter_lora_config(args, model, adapter)
     with_head = args.apply_classhead_lora or args.apply_qkv_head_lora
     if args.target_modules:
-        targets = list(args.target_modules)
+        targets = list(dict.fromkeys(args.target_modules))
         heads = [module for module in head_modules(model) if module.split(".")[-1] in targets]
     else:
         heads = head_modules(model) if with_head else []
         targets = _attention_targets(model, with_key=args.apply_qkv_head_lora) + heads
     _check_targets(model, targets, "--target-modules")
     is_classifier = args.model_type == "seqcls"
-    whole = [name.removeprefix(f"{model.base_model_prefix}.") for name in model.head_roots]
+    whole = [name.removeprefix(f"{model.base_model_prefix}.") for name in head_roots(model)]
     return LoraConfig(
         # Stock PEFT turns the head of a SEQ_CLS adapter into a saved module: with LoRA on the head
         # the task type must stay open, or it would skip those layers when it loads the adapter.
@@ -225,25 +266,32 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     output = model.get_output_embeddings()
     if output is not None:
         return [name for name, module in model.named_modules() if module is output]
+    roots = head_roots(model)
     return [
         name
         for name, module in model.named_modules()
-        if _is_linear(module) and any(f"{name}.".startswith(f"{r}.") for r in model.head_roots)
+        if _is_linear(module) and _is_within(name, roots)
     ]
 
 
-def _head_roots(model: PreTrainedModel, new: list[str]) -> list[str]:
+def head_roots(model: PreTrainedModel) -> list[str]:
     """Modules that turn an encoder's output into classes: all outside of it, and its pooler.
 
-    A pooler counts because it plays the part of the dense layer in RoBERTa's head, and because
-    sentence encoders (MiniLM among them) ship one that was never trained.
+    They have to be trained whole: see `lora_config` and `WrapperBase`. A pooler counts because it
+    plays the part of the dense layer in RoBERTa's head, and because sentence encoders (MiniLM among
+    them) ship one that was never trained. A causal LM has none, nor has a model in which encoder
+    and head cannot be told apart.
     """
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return []
     prefix = model.base_model_prefix
     outside = [name for name, _ in model.named_children() if name != prefix]
     inside = [f"{prefix}.pooler"] if getattr(model.base_model, "pooler", None) is not None else []
-    roots = inside + outside
-    roots += [n for n in new if not any(f"{n}.".startswith(f"{root}.") for root in roots)]
-    return [name for name in roots if _has_weights(model, name)]
+    return [name for name in inside + outside if _has_weights(model, name)]
+
+
+def _is_within(name: str, roots: list[str]) -> bool:
+    return any(f"{name}.".startswith(f"{root}.") for root in roots)
 
 
 def _has_weights(model: nn.Module, name: str) -> bool:
@@ -251,16 +299,28 @@ def _has_weights(model: nn.Module, name: str) -> bool:
 
 
 def _check_targets(model: PreTrainedModel, targets, origin: str) -> None:
-    names = [name for name, _ in model.named_modules()]
     if isinstance(targets, str):  # a regular expression or "all-linear": PEFT checks those itself
         return
+    modules = dict(model.named_modules())
+    linear = sorted({name.split(".")[-1] for name, m in modules.items() if _is_linear(m)})
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
-            raise UsageError(
-                f"{origin}: this {model.config.model_type} model has no layer '{target}'; its "
-                f"linear layers are: {', '.join(linear)}."
-            )
+        matched = [
+            name for name in modules if name and (name == target or name.endswith(f".{target}"))
+        ]
+        others = [name for name in matched if not _takes_lora(modules[name])]
+        if others or not matched:
+            if others:
+                problem = f"{quoted(target)} names '{others[0]}', on which LoRA cannot go"
+            else:
+                problem = f"this {model.config.model_type} model has no layer {quoted(target)}"
+            raise UsageError(f"{origin}: {problem}; its linear layers are: {', '.join(linear)}.")
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    """Whether PEFT has a LoRA layer for it: linear of any quantisation, embedding, convolution."""
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    name = type(module).__name__
+    return isinstance(module, kinds) or name == "Conv1D" or name.endswith("Linear")
 
 
 def _check_target_flags(args, model: PreTrainedModel, config: LoraConfig) -> None:

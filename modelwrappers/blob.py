@@ -14,34 +14,40 @@ of M updates (`--bayes-klreweighting`), else $1/M$.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modelwrappers.stochastic_lora import (
-    FLIPOUT,
     RHO,
     Draws,
+    GaussianPosterior,
     add_kl_gradients,
     attach_posterior,
     kl_divergence,
     posterior_parameters,
     spread_tensors,
 )
-from modelwrappers.wrapperbase import Batch, Predictions, WrapperBase
-from utils.args import add_switch, nonnegative_float, positive_float
+from modelwrappers.wrapperbase import WrapperBase
+from utils.args import above, add_switch, between
 from utils.errors import UsageError, quoted
 from utils.logging import logger, notice_once
 from utils.optim import build_optimizer, linear_schedule
+from utils.records import Count, Record, as_record
 
 
-class BLoB(WrapperBase):
+class _Counter(Record):
+    """Updates of the KL's weight, in a state."""
+
+    kl_step: Count
+
+
+class BLoB(GaussianPosterior, WrapperBase):
     """Gaussian posterior on A, trained by backpropagation."""
 
-    is_stochastic = True
+    learning_rate_flags = ("--lr", "--bayes-kllr")
     posterior_flags = ("bayes_beta", "flipout", "bayes_inference_notsample")
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
@@ -57,22 +63,23 @@ class BLoB(WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("BLoB")
         group.add_argument(
-            "--bayes-eps", type=positive_float, default=0.05, help="G starts in [eps/sqrt(2), eps]"
+            "--bayes-eps", type=above(0, 10), default=0.05, help="G starts in [eps/sqrt(2), eps]"
         )
         group.add_argument(
-            "--bayes-beta", type=positive_float, default=0.2, help="standard deviation of the prior"
+            "--bayes-beta",
+            type=between(1e-6, 1e6),
+            default=0.2,
+            help="std of the prior",
         )
         group.add_argument(
-            "--bayes-kllr", type=nonnegative_float, default=0.02, help="learning rate of the KL"
+            "--bayes-kllr", type=between(0, 1_000), default=0.02, help="learning rate of the KL"
         )
         group.add_argument(
-            "--bayes-gamma", type=positive_float, default=8.0, help="of --bayes-datasetrescaling"
+            "--bayes-gamma", type=between(1, 1_000), default=8.0, help="of --bayes-datasetrescaling"
         )
         add_switch(group, "--bayes-klreweighting", help="KL weight doubles within each cycle")
         add_switch(group, "--bayes-datasetrescaling", help="cycle length from the data set's size")
-        group.add_argument(
-            "--flipout", choices=FLIPOUT, default="token", help="what gets its own random signs"
-        )
+        cls.add_flipout_argument(group)
         for name in ("--bayes-final-beta", "--bayes-flipout"):
             group.add_argument(name, nargs="?", const=True, help="no effect: see the README")
 
@@ -84,9 +91,6 @@ class BLoB(WrapperBase):
             notice_once(
                 "--bayes-flipout has no effect: signs per token are the default, see --flipout."
             )
-
-    def sampling(self, n_samples: int) -> AbstractContextManager:
-        return self.draws.stacked(n_samples)
 
     def configure_optimizers(self) -> None:
         args = self.args
@@ -116,17 +120,11 @@ class BLoB(WrapperBase):
             scheduler.step()
         return {"kl": value, "kl_weight": weight}
 
-    def predict(self, eval_loader: Iterable[Batch]) -> Predictions:
-        if self.args.flipout != "none" or self.eval_n_samples == 0:
-            return super().predict(eval_loader)
-        with self.draws.fixed(self.eval_n_samples, self.args.seed_sampling):
-            return super().predict(eval_loader)
-
     def method_state(self) -> dict[str, Any]:
         return {"kl_step": self.kl_step}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        self.kl_step = state["kl_step"]
+        self.kl_step = as_record(state, _Counter, "method").kl_step
 
     def method_config(self) -> dict[str, Any]:
         return {

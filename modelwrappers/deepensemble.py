@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from modelwrappers.backbone import head_modules
+from modelwrappers.backbone import adapter_folder, head_modules
 from modelwrappers.wrapperbase import Batch, WrapperBase
-from utils.args import positive_int
+from utils.args import whole
 from utils.errors import UsageError
 from utils.logging import logger, notice_once
+from utils.records import Count, Record, as_record
 from utils.seeding import mix_seed
 
 
@@ -30,9 +31,13 @@ class DeepEnsemble(WrapperBase):
     is_stochastic = True
     has_members = True
     posterior_flags = ("ensemble_average",)
+    adapter_files = (
+        *WrapperBase.adapter_files,
+        *(f"member{{n}}/{name}" for name in WrapperBase.adapter_files[:2]),
+    )
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
-        size = args.ensemble_n or _members_of(Path(args.load_lora_path))
+        size = args.ensemble_n or _members_of(adapter_folder(args))
         heads = head_modules(model) if args.model_type == "seqcls" else []
         if heads:
             _give_heads_of_their_own(peft_config, heads)
@@ -51,7 +56,9 @@ class DeepEnsemble(WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("deep ensemble")
         group.add_argument(
-            "--ensemble-n", type=positive_int, help="members (default: 3, or the loaded ensemble's)"
+            "--ensemble-n",
+            type=whole(1, 1_000),
+            help="members (default: 3, or as loaded)",
         )
 
     @classmethod
@@ -97,7 +104,10 @@ class DeepEnsemble(WrapperBase):
         return {"member": self.member}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        self._begin(state["member"])
+        member = as_record(state, _Member, "method").member
+        if member >= len(self.members):
+            raise UsageError(f"member {member} of {len(self.members)}")
+        self._begin(member)
 
     def method_config(self) -> dict[str, Any]:
         return {"members": self.members}
@@ -181,6 +191,12 @@ class DeepEnsemble(WrapperBase):
         super().load_adapter_weights(folder, self.members[0])
         for name in self.members[1:]:
             super().load_adapter_weights(folder / name, name)
+
+
+class _Member(Record):
+    """Which member is in training, in a state."""
+
+    member: Count
 
 
 def _members_of(folder: Path) -> int:

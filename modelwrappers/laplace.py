@@ -41,8 +41,8 @@ from modelwrappers.lora_curvature import (
     softmax_hessian_root,
 )
 from modelwrappers.sharding import shards_base
-from modelwrappers.wrapperbase import Batch, WrapperBase, peak_memory
-from utils.args import count, positive_float
+from modelwrappers.wrapperbase import Batch, WrapperBase, adapter_acts, peak_memory
+from utils.args import between, whole
 from utils.errors import RunError, UsageError, quoted
 from utils.files import write_tensors
 from utils.logging import logger
@@ -66,7 +66,7 @@ GRID = torch.logspace(-2, 6, 33, dtype=torch.float64)
 
 
 def _prior_precision(text: str) -> str | float:
-    return text if text in ("evidence", "validation") else positive_float(text)
+    return text if text in ("evidence", "validation") else between(1e-12, 1e12)(text)
 
 
 class Fit(Record):
@@ -113,6 +113,7 @@ class Laplace(WrapperBase):
 
     is_stochastic = True
     Description = Description
+    adapter_files = (*WrapperBase.adapter_files, FACTORS_FILE)
     posterior_flags = (
         "laplace_layers",
         "laplace_hessian",
@@ -167,7 +168,7 @@ class Laplace(WrapperBase):
         )
         group.add_argument(
             "--laplace-rank",
-            type=count,
+            type=whole(0, 100_000),
             default=64,
             help="rank of Kronecker factors wider than twice as much; 0: exact",
         )
@@ -266,7 +267,7 @@ class Laplace(WrapperBase):
         Without a posterior, with `sample=False`, and where the adapter is merged or disabled, the
         model's own logits (N = 1).
         """
-        if self.posterior is None or not sample or not self._adapter_acts():
+        if self.posterior is None or not sample or not adapter_acts(self):
             return self._batch_logits(batch).unsqueeze(1)
         # Mixed precision is for the model: a covariance in bfloat16 would be none.
         with torch.autocast(self.accelerator.device.type, enabled=False):
@@ -274,9 +275,6 @@ class Laplace(WrapperBase):
         if self.args.laplace_predictive == "probit":
             return _probit(mean, covariance).unsqueeze(1)
         return _draws(mean, covariance, _standard_normal(mean, n_samples))
-
-    def _adapter_acts(self) -> bool:
-        return not any(layer.merged or layer.disable_adapters for _, layer in self._lora_layers())
 
     def linearised(self, batch: Batch) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C C"]]:
         """Mean and covariance of the class logits under the posterior."""

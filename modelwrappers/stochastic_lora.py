@@ -12,8 +12,9 @@ contract for each backend, requirements.txt pins the versions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from utils.errors import RunError, UsageError
 from utils.seeding import mix_seed
+
+if TYPE_CHECKING:
+    from modelwrappers.wrapperbase import Batch, Predictions
 
 RHO = "lora_A_rho"
 # Layers of PEFT whose forward consults `lora_variant`. Others (AWQ, AQLM, EETQ, INC, convolutions,
@@ -258,6 +262,35 @@ def flip_signs(x: Tensor, signs: Tensor | None) -> Tensor:
 
 
 # --- the posterior of a model ---------------------------------------------------------------------
+
+
+class GaussianPosterior:
+    """What methods share whose posterior is Gaussian on A; stands before `WrapperBase`.
+
+    Attributes:
+        draws: of all stochastic layers; the method sets it and attaches it (`attach_posterior`).
+    """
+
+    is_stochastic = True
+    draws: Draws
+
+    @staticmethod
+    def add_flipout_argument(group) -> None:
+        """Add --flipout to the method's group of flags."""
+        group.add_argument(
+            "--flipout", choices=FLIPOUT, default="token", help="what gets its own random signs"
+        )
+
+    def sampling(self, n_samples: int) -> AbstractContextManager:
+        """The hook of `WrapperBase`: stacked copies see different A."""
+        return self.draws.stacked(n_samples)
+
+    def predict(self, eval_loader: Iterable[Batch]) -> Predictions:
+        """As the base's; without flipout a draw is one set of weights for the whole data set."""
+        if self.draws.flipout != "none" or self.eval_n_samples == 0:
+            return super().predict(eval_loader)
+        with self.draws.fixed(self.eval_n_samples, self.args.seed_sampling):
+            return super().predict(eval_loader)
 
 
 def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -> None:

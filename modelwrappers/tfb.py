@@ -3,14 +3,14 @@ r"""TFB, training-free Bayesianization of a trained adapter (arXiv 2412.05723).
 Per layer $B = U D V^T$; the product stays the same with $B' = U D$ and $A' = V^T A$. A' gets
 Gaussian noise with $\Omega_{ij} = \sigma_q / d_i$, so that the noise of the weights is isotropic in
 B's column space: $B' (\Omega \circ E) = \sigma_q U E$. One scalar $\sigma_q$ serves the
-whole model: the largest one that leaves the predictions of an anchor set within a tolerance. The
-result is an ordinary posterior adapter; its draws run on the layer that BLoB's do.
+whole model: the largest one that leaves the predictions of an anchor set within a tolerance, or
+with `--iter 0` the value of `--bayes-beta`, without a search. The result is an ordinary posterior
+adapter; its draws run on the layer that BLoB's do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
 from modelwrappers.stochastic_lora import (
-    FLIPOUT,
     RHO,
     Draws,
+    GaussianPosterior,
     attach_posterior,
     posterior_mean,
     spread_tensors,
 )
 from modelwrappers.wrapperbase import Batch, WrapperBase
-from utils.args import add_switch, positive_float, positive_int
+from utils.args import above, add_switch, whole
 from utils.errors import RunError, UsageError
 from utils.logging import logger, notice_once
 from utils.metrics import negative_log_likelihood, posterior_predictive
@@ -64,12 +64,10 @@ class Description(Record):
     search: Annotated[list[Step], Field(max_length=10_000)]
 
 
-class TFB(WrapperBase):
+class TFB(GaussianPosterior, WrapperBase):
     """Gaussian posterior on A, found by search instead of training."""
 
     Description = Description
-
-    is_stochastic = True
     posterior_flags = ("flipout", "bayes_inference_notsample")
 
     def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
@@ -86,20 +84,23 @@ class TFB(WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("TFB")
         group.add_argument(
-            "--th", type=positive_float, help="tolerance (default: 0.003; flips 0.01)"
+            "--th", type=above(0, 1e6), help="tolerance (default: 0.003; flips 0.01)"
         )
-        group.add_argument("--iter", type=positive_int, default=5, help="steps of the bisection")
         group.add_argument(
-            "--bayes-beta", type=positive_float, default=0.015, help="largest sigma_q tried"
+            "--iter",
+            type=whole(0, 1_000),
+            default=5,
+            help="steps of the bisection; 0: no search, sigma_q is --bayes-beta",
+        )
+        group.add_argument(
+            "--bayes-beta", type=above(0, 1e6), default=0.015, help="largest sigma_q tried"
         )
         group.add_argument(
             "--tfb-criterion",
             choices=["nll", "flips"],
             help="what the tolerance bounds: relative change of the NLL, share of changed answers",
         )
-        group.add_argument(
-            "--flipout", choices=FLIPOUT, default="token", help="what gets its own random signs"
-        )
+        cls.add_flipout_argument(group)
         for name in ("--bayes-klreweighting", "--bayes-datasetrescaling"):
             add_switch(group, name, help="no effect: nothing is trained")
         for name in _UNUSED_VALUES:
@@ -114,10 +115,10 @@ class TFB(WrapperBase):
         if args.max_train_steps or args.n_epochs:
             notice_once("TFB trains nothing: --max-train-steps and --n-epochs have no effect.")
             args.max_train_steps = args.n_epochs = 0
-        if args.bayes_beta <= SMALLEST_SIGMA:
+        if args.iter and args.bayes_beta <= SMALLEST_SIGMA:
             raise UsageError(
                 f"--bayes-beta is {args.bayes_beta}; the search goes from {SMALLEST_SIGMA} up to "
-                "it, so it must be larger."
+                "it, so it must be larger. With --iter 0 it is sigma_q itself, without a search."
             )
         for name in _UNUSED_VALUES:
             if getattr(args, name.removeprefix("--").replace("-", "_")) is not None:
@@ -125,9 +126,6 @@ class TFB(WrapperBase):
         criterion = "flips" if args.modelwrapper == "tfblora_acc" else "nll"
         args.tfb_criterion = args.tfb_criterion or criterion
         args.th = args.th or {"nll": 0.003, "flips": 0.01}[args.tfb_criterion]
-
-    def sampling(self, n_samples: int) -> AbstractContextManager:
-        return self.draws.stacked(n_samples)
 
     def method_config(self) -> dict[str, Any]:
         return {
@@ -163,10 +161,16 @@ class TFB(WrapperBase):
         return spread_tensors(self, self.active_adapter) | super()._adapter_tensors(tensors)
 
     def fit_posterior(self) -> None:
-        if self.sigma is None:
-            self.check_own_data()
-            self.sigma = self._largest_sigma(self.dataset.anchor_dataloader)
-            logger.info("TFB: sigma_q = %.5f", self.sigma)
+        if self.sigma is not None:
+            return
+        if self.args.iter == 0:
+            self.sigma = self.args.bayes_beta
+            set_spread(self, self.active_adapter, self.sigma)
+            logger.info("TFB: sigma_q = %.5g (--bayes-beta), without a search", self.sigma)
+            return
+        self.check_own_data()
+        self.sigma = self._largest_sigma(self.dataset.anchor_dataloader)
+        logger.info("TFB: sigma_q = %.5f", self.sigma)
 
     def _largest_sigma(self, anchors: Iterable[Batch]) -> float:
         """Bisection on [0.001, --bayes-beta]; the largest sigma tried that meets the tolerance.

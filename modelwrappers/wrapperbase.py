@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import inspect
 import math
-import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,15 +27,18 @@ from accelerate.utils import send_to_device
 from huggingface_hub import HfApi
 from jaxtyping import Float, Int
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modelwrappers.backbone import head_roots
 from modelwrappers.engine.posterior import (
     ADAPTER_FILE,
     BASE_MODEL_FLAGS,
+    CONFIG_FILE,
     FORMAT_VERSION,
     RECORD_FILE,
     ROW_FLAGS,
@@ -44,15 +48,23 @@ from modelwrappers.engine.posterior import (
     check_adapter_tensors,
     read_adapter_tensors,
 )
+from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.model_card import model_card
 from modelwrappers.sharding import shard_base, sharded_names, shards_base
-from utils.errors import RunError, UsageError
-from utils.files import write_atomically, write_json, write_tensors
+from utils.errors import RunError, UsageError, quoted
+from utils.files import disk_errors, remove_folder, write_atomically, write_json, write_tensors
+from utils.interrupts import Interrupted, interrupts
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
 from utils.records import Record, as_record, read_tensors
-from utils.run_folder import RunFolder, run_folder_path
+from utils.run_folder import (
+    RunFolder,
+    check_data_set_name,
+    predictions_file,
+    run_folder_path,
+)
+from utils.run_state import StateRecord, check_alike, check_optimizer, check_parameters
 from utils.seeding import mix_seed
 from utils.temperature import fit_temperature, scale
 
@@ -103,6 +115,9 @@ class WrapperBase(PeftModel):
 
     is_stochastic = False  # whether draws differ; else one forward answers for any number of them
     has_members = False  # whether an adapter folder may hold several of them
+    # what an adapter's folder holds, by exact name; {n} stands for a number
+    adapter_files: ClassVar[tuple[str, ...]] = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE)
+    learning_rate_flags: ClassVar[tuple[str, ...]] = ("--lr",)  # of its optimizers, for messages
     posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
     Description: ClassVar[type[Record]] = Record  # the type of what `method_config` says
 
@@ -114,7 +129,8 @@ class WrapperBase(PeftModel):
         accelerator,
         adapter_name: str = "default",
     ) -> None:
-        head_roots = getattr(model, "head_roots", [])
+        use_exact_4bit(model)  # it may be one that somebody else has loaded
+        roots = head_roots(model)  # before PEFT puts its layers in
         forward_parameters = inspect.signature(model.forward).parameters
         peft_config.base_model_name_or_path = peft_config.base_model_name_or_path or args.model
         super().__init__(model, peft_config, adapter_name)
@@ -123,7 +139,10 @@ class WrapperBase(PeftModel):
         self.is_causal = args.model_type == "causallm"
         self.target_ids: Tensor | None = None
         self.run_folder = RunFolder(
-            run_folder_path(args), accelerator.process_index, accelerator.num_processes
+            run_folder_path(args),
+            accelerator.process_index,
+            accelerator.num_processes,
+            self.adapter_files,
         )
         self.predictions: Predictions | None = None
         self.answers: list[str] | None = None  # the C choices, in label order
@@ -143,9 +162,13 @@ class WrapperBase(PeftModel):
         self._position = (0, 0)  # epoch, and batches of it that were consumed
         self._loss_weight = 1.0
         self._resumed = False
+        self._saved_at = 0  # the update whose state is on disk
+        self._evaluation_due = False  # by a resumed run, before the next update
+        self._is_told_to_stop = False  # by a signal to one of several processes
         self._wandb_logger = None
         self._is_sharded = False
-        self._trained_base_layers = self._train_head_under_lora(head_roots)
+        self._refuse_to_generate(model)
+        self._trained_base_layers = self._train_head_under_lora(roots)
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -322,8 +345,18 @@ class WrapperBase(PeftModel):
         return output.logits[:, -1, self.target_ids]
 
     def model_inputs(self, batch: Batch) -> Batch:
-        """A batch without labels and index; positions count from the first real token."""
+        """A batch without labels and index, as the model reads it.
+
+        For a causal LM the last position must be a real token, because that is where the answer is
+        read: rows that are padded on the right are turned round to be padded on the left. Positions
+        count from the first real token.
+
+        Raises:
+            RunError: a row has no token (told where that costs no wait for a GPU).
+        """
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
+        if self.is_causal and "attention_mask" in inputs:
+            inputs = _padded_on_the_left(inputs)
         if self._takes_position_ids:
             positions = inputs["attention_mask"].cumsum(-1) - 1
             inputs["position_ids"] = positions.clamp(min=0)
@@ -337,6 +370,16 @@ class WrapperBase(PeftModel):
     def backward(self, loss: Tensor) -> None:
         """Add this batch's share to the gradients of the current update."""
         self.accelerator.backward(loss * self._loss_weight)
+
+    def _refuse_to_generate(self, model: PreTrainedModel) -> None:
+        """Let `generate` of a posterior raise, by whatever way it is reached, until it is built.
+
+        The base model generates with the adapter that PEFT has put into it, so this is where it
+        would use a single set of weights without a word. Point estimates generate as PEFT's do.
+        """
+        model.__dict__.pop("generate", None)  # of an earlier wrapper around the same model
+        if self.final_draws() and hasattr(model, "generate"):
+            model.generate = partial(_generate, model, self.args.modelwrapper)
 
     # --- parameters -------------------------------------------------------------------------------
 
@@ -353,7 +396,7 @@ class WrapperBase(PeftModel):
         """(name, parameter) of everything that is trained."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    def _train_head_under_lora(self, head_roots: list[str]) -> list[str]:
+    def _train_head_under_lora(self, roots: list[str]) -> list[str]:
         """Train the base weights of a classification head that has LoRA on it.
 
         Without LoRA PEFT trains and saves a copy of the head (`modules_to_save`). PEFT cannot do
@@ -363,7 +406,7 @@ class WrapperBase(PeftModel):
         trained = []
         for name, module in self.named_modules():
             path = f"{name.removeprefix('base_model.model.')}."
-            if not any(path.startswith(f"{root}.") for root in head_roots):
+            if not any(path.startswith(f"{root}.") for root in roots):
                 continue
             has_parameters = next(module.parameters(recurse=False), None) is not None
             is_saved_by_peft = any(part in name for part in (".lora_", ".modules_to_save")) or any(
@@ -417,6 +460,8 @@ class WrapperBase(PeftModel):
             name: (other, other.test_dataloader)
             for name, other in getattr(dataset, "ood_datasets", {}).items()
         }
+        for name in self.shifted:
+            check_data_set_name(name, "--ood-datasets")
         if args.temperature_scaling:
             self.held_out_loader = dataset.held_out_dataloader
         self.num_training_steps = self.last_step = args.max_train_steps
@@ -461,7 +506,10 @@ class WrapperBase(PeftModel):
             mininterval=1.0,
         )
         shown: dict[str, str] = {}
-        with progress:
+        # A signal lets the update end; the state is saved, and then the run ends.
+        with progress, interrupts.deferred():
+            if self._evaluation_due and eval_loader is not None:
+                self._evaluate_while_training(eval_loader)
             for batches in self._updates(train_loader, last_step):
                 started = time.perf_counter()
                 rates = {key: s.get_last_lr()[0] for key, s in self.schedulers.items()}
@@ -472,22 +520,38 @@ class WrapperBase(PeftModel):
                 self.run_folder.append_history(record)
                 self._track({f"train/{key}": value for key, value in log.items()} | {"lr": rates})
                 shown["nll"] = f"{log['nll']:.3f}"
-                is_last = self.step == last_step
-                if (
-                    eval_loader is not None
-                    and _is_due(self.step, args.eval_per_steps)
-                    and not is_last
-                ):
-                    metrics = self._evaluate_while_training(eval_loader)
-                    shown |= {key: f"{value:.3f}" for key, value in metrics.items()}
-                if _is_due(self.step, args.save_per_steps) and not is_last:
-                    self._save_state()
                 progress.set_postfix(shown, refresh=False)
                 progress.update()
-        if args.save_per_steps:  # a run killed while it evaluates need not train again
-            self._save_state()
+                if self.step == last_step:
+                    break
+                is_evaluated = _is_due(self.step, args.eval_per_steps)
+                self._evaluation_due = eval_loader is not None and is_evaluated
+                self._stop_if_told()
+                if self._evaluation_due:
+                    metrics = self._evaluate_while_training(eval_loader)
+                    shown |= {key: f"{value:.3f}" for key, value in metrics.items()}
+                if _is_due(self.step, args.save_per_steps):
+                    self._save_state()
+                self._stop_if_told()
+            # A run that is killed or interrupted while it evaluates need not train again.
+            if args.save_per_steps or self.run_folder.is_open:
+                self._save_state()
+            self._stop_if_told()
+        interrupts.raise_if_any()
         for parameter in self.parameters():
             parameter.grad = None
+
+    def _stop_if_told(self) -> None:
+        """End the run by SIGINT or SIGTERM, with a state to go on from.
+
+        All processes do so after the same update: of several, `_to_floats` has told them.
+        """
+        told = interrupts.number is not None
+        if self.accelerator.num_processes > 1:
+            told = self._is_told_to_stop
+        if told:
+            self._save_state()
+            raise Interrupted(interrupts.number or signal.SIGTERM)
 
     def _renew_view(self) -> None:
         """What `training_logits` goes through: with several processes DDP, over what trains now."""
@@ -539,19 +603,21 @@ class WrapperBase(PeftModel):
                 values = self.training_step(batch)
             for key, value in values.items():
                 totals[key] = totals.get(key, 0.0) + self._loss_weight * value
-        totals = self._to_floats(totals)
+        told = {"told to stop": float(interrupts.number is not None)}
+        totals = self._to_floats(totals | told)
+        self._is_told_to_stop = totals.pop("told to stop") > 0
         if not all(map(math.isfinite, totals.values())):
             rows = [int(i) for batch in batches for i in batch["index"]]
             raise RunError(
                 f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows "
                 f"{rows} of the training set, with the parameters that the update before left. "
-                "Look at those rows, or lower the learning rates (--lr, --bayes-kllr)."
+                f"Look at those rows, or lower {' and '.join(self.learning_rate_flags)}."
             )
         done = self._to_floats(self.optimizer_step())
         if not all(map(math.isfinite, done.values())):
             raise RunError(
-                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower their "
-                "learning rates (--lr, --bayes-kllr); --resume goes on from the last state."
+                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower "
+                f"{' and '.join(self.learning_rate_flags)}; --resume goes on from the last state."
             )
         return totals | done
 
@@ -569,10 +635,16 @@ class WrapperBase(PeftModel):
         limited = _spread(loader, self.args.eval_steps) if self.args.eval_steps else loader
         final = self.eval_n_samples
         self.eval_n_samples = self.args.bayes_eval_n_samples if final else 0
+        alone = self.accelerator.num_processes == 1  # others would wait for this process
         try:
-            metrics = self.evaluate(limited)._asdict()
+            with interrupts.deferred(wait=not alone):
+                metrics = self.evaluate(limited)._asdict()
+        except Interrupted:
+            self._save_state()  # the evaluation is due, and will be made by the resumed run
+            raise
         finally:
             self.eval_n_samples = final
+        self._evaluation_due = False
         self.run_folder.append_history({"step": self.global_step, "eval": metrics})
         self._track({f"eval/{key}": value for key, value in metrics.items()})
         return metrics
@@ -591,6 +663,8 @@ class WrapperBase(PeftModel):
     # --- state ------------------------------------------------------------------------------------
 
     def _save_state(self) -> None:
+        if self._saved_at == self.global_step:  # of this update, nothing has changed since
+            return
         state = {
             "step": self.step,
             "position": list(self._position),
@@ -598,35 +672,89 @@ class WrapperBase(PeftModel):
             "optimizers": {key: o.state_dict() for key, o in self.optimizers.items()},
             "schedulers": {key: s.state_dict() for key, s in self.schedulers.items()},
             "method": self.method_state(),
+            "evaluation_due": self._evaluation_due,
         }
         self.run_folder.save_state(self.global_step, state, self.accelerator.wait_for_everyone)
+        self._saved_at = self.global_step
 
     def _resume_once(self) -> None:
-        """Put the run's last state back, the first time that training begins."""
+        """Put the run's last state back, the first time that training begins.
+
+        Raises:
+            UsageError: there are states, but none that can be used.
+        """
         if not self.args.resume or self._resumed:
             return
         self._resumed = True
-        loaded = self.run_folder.load_state()
+        own = sum(p.numel() * p.element_size() for _, p in self.state_parameters())
+        loaded = self.run_folder.load_state(self._take_state, self._all_agree, 64 * own + 2**30)
         if loaded is None:
             logger.info("--resume: there is no state in %s; starting.", self.run_folder.path)
             return
-        state, restore_generators = loaded
-        self.load_method_state(state["method"])  # first: it may decide what is trained
-        parameters = dict(self.state_parameters())
-        if parameters.keys() != state["parameters"].keys():
-            raise UsageError("--resume: the stored state is of another model or method.")
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                parameters[name].copy_(value)
-        for key, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][key])
-        for key, scheduler in self.schedulers.items():
-            scheduler.load_state_dict(state["schedulers"][key])
-        self.step = state["step"]
-        self._position = tuple(state["position"])
-        self.run_folder.cut_history(self.global_step)
+        _, restore_generators = loaded
+        self._saved_at = self.global_step
+        self.run_folder.cut_history(self.global_step, self._evaluation_due)
         logger.info("Resuming after update %d.", self.global_step)
         restore_generators()
+
+    def _take_state(self, state: StateRecord, global_step: int) -> None:
+        """Put a state in place.
+
+        Raises:
+            UsageError: it does not fit this run. What was put in place by then is replaced by the
+                next one that is tried.
+        """
+        try:
+            self.load_method_state(state.method)  # first: it may decide what is trained
+        except Exception as error:  # a method's own, and what was stored may be anything
+            raise UsageError(f"the method cannot take its part ({_told(error)})") from None
+        self.step, self._position = state.step, tuple(state.position)
+        if self.step > self.last_step or self.global_step != global_step:
+            raise UsageError(f"its step is {state.step}, of {self.last_step} updates")
+        self._check_position()
+        parameters = dict(self.state_parameters())
+        check_parameters(state.parameters, parameters)
+        for kind, stored, ours in (
+            ("optimizers", state.optimizers, self.optimizers),
+            ("schedulers", state.schedulers, self.schedulers),
+        ):
+            if stored.keys() != ours.keys():
+                raise UsageError(f"it has the {kind} {quoted(sorted(stored))}")
+        for key, optimizer in self.optimizers.items():
+            check_optimizer(state.optimizers[key], optimizer)
+        for key, scheduler in self.schedulers.items():
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                check_alike(state.schedulers[key], scheduler.state_dict(), "schedulers")
+        with torch.no_grad():
+            for name, value in state.parameters.items():
+                parameters[name].copy_(value)
+        try:
+            for key, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state.optimizers[key])
+            for key, scheduler in self.schedulers.items():
+                scheduler.load_state_dict(state.schedulers[key])
+        except Exception as error:  # of a method's own optimizers
+            raise UsageError(f"the optimizers cannot take their part ({_told(error)})") from None
+        self._evaluation_due = state.evaluation_due
+
+    def _check_position(self) -> None:
+        """So many batches of so many epochs are no more than the updates that were made.
+
+        Raises:
+            UsageError: they are.
+        """
+        epoch, consumed = self._position
+        batches, size = len(self.train_loader), self.args.grad_accum_steps
+        done = epoch * -(-batches // size) + -(-consumed // size)
+        if consumed > batches or done > self.step:
+            raise UsageError(f"its position {epoch}, {consumed} is not that of update {self.step}")
+
+    def _all_agree(self, yes: bool) -> bool:
+        """Whether all processes say yes."""
+        if self.accelerator.num_processes == 1:
+            return yes
+        vote = torch.tensor(float(yes), device=self.accelerator.device)
+        return self.accelerator.reduce(vote, reduction="mean").item() == 1
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -698,7 +826,8 @@ class WrapperBase(PeftModel):
         if broken.any():
             raise RunError(
                 f"the predictions of rows {index[broken].tolist()[:20]} are not numbers; the model "
-                "has diverged (lower --lr) or the data type overflows (--dtype float32)."
+                f"has diverged (lower {' and '.join(self.learning_rate_flags)}) or the data type "
+                "overflows (--dtype float32)."
             )
         return Predictions(log_probs, labels, index)
 
@@ -727,15 +856,21 @@ class WrapperBase(PeftModel):
         name, split = self.args.dataset.rpartition(":")[2], self.args.testing_set
         if split != "train_val":  # the others may name where anchors come from, too
             split = getattr(self.dataset, "eval_split", split)
-        metrics = self._score_and_keep(self.eval_loader, name, split, "predictions", temperature)
+        metrics = self._score_and_keep(
+            self.eval_loader, name, split, predictions_file(), temperature
+        )
         self._track({f"final/{key}": value for key, value in metrics._asdict().items()})
         self._evaluate_shifted(temperature)
         if self.args.checkpoint:
-            self.save_adapter(self.run_folder.path)
-        if self.accelerator.is_main_process:  # last: metrics.json says that the run is finished
-            self._write_results(training_seconds)
-        self.accelerator.wait_for_everyone()
-        self.run_folder.drop_states()
+            for file in self.save_adapter(self.run_folder.files):
+                self.run_folder.file(file)
+        elif self.args.load_lora_path is not None:
+            self.run_folder.keep_adapter_of(Path(self.args.load_lora_path))
+        with interrupts.deferred():  # the run is finished: a signal has nothing left to end
+            if self.accelerator.is_main_process:  # last: metrics.json says that it is finished
+                self._write_results(training_seconds)
+            self.accelerator.wait_for_everyone()
+            self.run_folder.finish()
         return metrics
 
     def _evaluate_shifted(self, temperature: float | None) -> None:
@@ -744,8 +879,8 @@ class WrapperBase(PeftModel):
         for name, (dataset, loader) in self.shifted.items():
             if self.is_causal:
                 self.target_ids = dataset.target_ids.to(self.accelerator.device)
-            stem = f"predictions-{name}"
-            metrics = self._score_and_keep(loader, name, dataset.eval_split, stem, temperature)
+            file = predictions_file(name)
+            metrics = self._score_and_keep(loader, name, dataset.eval_split, file, temperature)
             self._track({f"final/{name}/{key}": v for key, v in metrics._asdict().items()})
             logger.info("%s: ACC %.4f  ECE %.4f  NLL %.4f  Brier %.4f", name, *metrics)
         self.predictions, self.target_ids = own_predictions, own_tokens
@@ -754,16 +889,16 @@ class WrapperBase(PeftModel):
         """T from predictions on the part of the training set that was held out; they are kept."""
         predictions = self.predict(self.held_out_loader)
         name = self.args.dataset.rpartition(":")[2]
-        self._write_predictions(predictions, name, "held_out", "predictions-held_out")
+        self._write_predictions(predictions, name, "held_out", predictions_file("held_out"))
         return fit_temperature(predictions.log_probs, predictions.labels)
 
     def _write_predictions(
-        self, predictions: Predictions, dataset: str, split: str, stem: str
+        self, predictions: Predictions, dataset: str, split: str, file: str
     ) -> None:
         if not self.accelerator.is_main_process:
             return
-        write_tensors(
-            self.run_folder.path / f"{stem}.safetensors",
+        self.run_folder.write_tensors(
+            file,
             predictions._asdict(),
             {
                 "dataset": dataset,
@@ -778,7 +913,7 @@ class WrapperBase(PeftModel):
         loader: Iterable[Batch],
         dataset: str,
         split: str,
-        stem: str,
+        file: str,
         temperature: float | None,
     ) -> Metrics:
         """Evaluate; keep the data set's block of metrics.json and its predictions."""
@@ -798,14 +933,13 @@ class WrapperBase(PeftModel):
                     "temperature": temperature,
                     **score(scaled, labels, self.args.num_bins)._asdict(),
                 }
-            self._write_predictions(self.predictions, dataset, split, stem)
+            self._write_predictions(self.predictions, dataset, split, file)
         self.results[dataset] = block
         return metrics
 
     def _write_results(self, training_seconds: float) -> None:
         args = self.args
-        write_json(
-            self.run_folder.path / "metrics.json",
+        self.run_folder.write_metrics(
             {
                 "modelwrapper": args.modelwrapper,
                 "model": args.model,
@@ -859,28 +993,30 @@ class WrapperBase(PeftModel):
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
 
-    def save_adapter(self, folder: Path) -> None:
-        """Adapter and bayes_config.json, each file replaced in one step (on the main process)."""
+    def save_adapter(self, folder: Path) -> list[str]:
+        """Adapter and bayes_config.json, each file replaced in one step (on the main process).
+
+        Returns:
+            the names of the files, relative to `folder`.
+        Raises:
+            RunError: the disk is full or cannot be written.
+        """
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
-            return
+            return []
         temporary = folder / ".adapter"
         try:
-            self.save_pretrained(str(temporary))
-        except Exception as error:
-            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-                raise RunError(
-                    f"cannot write the adapter to {folder}: {error}. Free some space; --resume "
-                    "goes on from the last state."
-                ) from error
-            raise
-        # An ensemble's members are subfolders. What describes the files comes after them.
-        files = sorted(temporary.rglob("*"), key=lambda file: (file.suffix == ".json", file))
-        for file in files:
-            if file.is_file() and file.name != "README.md":
+            with disk_errors(folder / ADAPTER_FILE):
+                self.save_pretrained(str(temporary))
+            # An ensemble's members are subfolders. What describes the files comes after them.
+            files = sorted(temporary.rglob("*"), key=lambda file: (file.suffix == ".json", file))
+            files = [file for file in files if file.is_file() and file.name != "README.md"]
+            for file in files:
                 write_atomically(folder / file.relative_to(temporary), file.replace)
-        shutil.rmtree(temporary)
+        finally:
+            remove_folder(temporary)
         logger.info("Adapter saved to %s", folder)
+        return [str(file.relative_to(temporary)) for file in files]
 
     def bayes_config(self) -> dict[str, Any]:
         """What makes the adapter Bayesian, and what it takes to predict with it.
@@ -944,12 +1080,44 @@ class WrapperBase(PeftModel):
         return tensors
 
 
+def _padded_on_the_left(inputs: Batch) -> Batch:
+    """Every row moved to the right by the padding behind its last token."""
+    mask = inputs["attention_mask"]
+    if mask.device.type == "cpu" and not mask.any(-1).all():
+        raise RunError("a row of the batch is padding only: attention_mask is 0 everywhere in it.")
+    width = mask.shape[-1]
+    behind = mask.flip(-1).ne(0).int().argmax(-1, keepdim=True)  # (B, 1)
+    source = (torch.arange(width, device=mask.device) - behind) % width  # (B, T)
+    return {
+        key: value.gather(-1, source) if value.shape == mask.shape else value
+        for key, value in inputs.items()
+    }
+
+
 # --- small helpers -------------------------------------------------------------------------------
 
 
 def _with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:
     """A subclass may return (B, C): one draw."""
     return logits.unsqueeze(1) if logits.dim() == 2 else logits
+
+
+def adapter_acts(model: nn.Module) -> bool:
+    """Whether a forward goes through LoRA: it is there, and neither merged nor disabled."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return bool(layers) and not any(layer.merged or layer.disable_adapters for layer in layers)
+
+
+def _generate(model: PreTrainedModel, method: str, *args, **kwargs):
+    """`model.generate`, unless the adapter in it is a posterior whose draws differ."""
+    if adapter_acts(model):
+        raise UsageError(
+            f"generate: the adapter is a posterior ({method}), and text cannot be generated from "
+            "its draws yet; a single set of weights would be used without saying so. To have just "
+            "that, call merge_adapter() first (the posterior mean; of an ensemble the active "
+            "member), or generate with the base model inside of disable_adapter()."
+        )
+    return type(model).generate(model, *args, **kwargs)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -960,6 +1128,10 @@ def _spread(loader: Iterable[Batch], number: int) -> Iterator[Batch]:
     """`number` batches from all over: the first ones would be the longest rows."""
     chosen = {round(i * len(loader) / number) for i in range(number)}
     return (batch for position, batch in enumerate(loader) if position in chosen)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _parents(name: str) -> list[str]:

@@ -1,4 +1,7 @@
-"""List the tasks, each with an example as a model reads it: python scripts/tasks.py [NAME...]"""
+"""List the tasks, each with an example as a model reads it: python scripts/tasks.py [NAME...]
+
+A NAME is a data set's, or FILE.py:NAME for a record of your own.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,59 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import DATASETS
 from dataset.sources import Hub, HubGroup
-from dataset.tasks import Task
-from utils.registry import did_you_mean
+from dataset.tasks import Prompt, Task, checked_task
+from utils.errors import UsageError
+from utils.registry import lookup, users_code
 
 
 def origin(task: Task) -> str:
-    """Hub id and configurations, or that the rows are embedded."""
+    """Hub id and configurations, or that the rows are embedded or local."""
     source = task.source
     if isinstance(source, HubGroup):
         return f"{source.path} ({', '.join(source.configs)})"
     if isinstance(source, Hub):
         return f"{source.path} ({source.config})" if source.config else source.path
-    return "embedded"
+    return "--data-dir" if source is None else "embedded"
 
 
-def describe(kind: str, task: Task) -> str:
+def describe(task: Task) -> str:
     """Name, source, splits, answers, and the rendered example with its answer."""
     splits = ", ".join(f"{name}: {split}" for name, split in task.splits.items())
-    row, answer = task.example, task.choices[task.label(task.example)]
-    rendered = task.prompt(row)
-    if kind == "mcdataset":
-        text = f"{''.join(rendered)} {answer}"
-    else:
-        text = "\n".join([*rendered, f"-> {answer}"])
-    lines = [f"## {task.name} ({kind})", "", f"{origin(task)}; {splits}"]
-    lines += [f"answers: {', '.join(task.choices)}", "", "```", text, "```", ""]
-    return "\n".join(lines)
+    lines = [f"{origin(task)}; {splits}", f"answers: {', '.join(task.choices)}", ""]
+    if task.example is None:
+        return "\n".join([f"## {task.name}", "", *lines, "The record has no example.", ""])
+    with users_code(f"the example of {task.name}"):
+        rendered, answer = task.prompt(task.example), task.choices[task.label(task.example)]
+        is_prompt = isinstance(rendered, Prompt)
+        text = (
+            f"{''.join(rendered)} {answer}" if is_prompt else "\n".join([*rendered, f"-> {answer}"])
+        )
+    kind = "mcdataset" if is_prompt else "bertds"
+    return "\n".join([f"## {task.name} ({kind})", "", *lines, "```", text, "```", ""])
+
+
+def chosen(names: list[str]) -> list[Task]:
+    """The tasks of these names, of every kind that has one; all without a name.
+
+    Raises:
+        UsageError: there is no task of a name.
+    """
+    tables = [cls.tasks for cls in DATASETS.values()]
+    if not names:
+        return [task for table in tables for task in table.values()]
+    known = {name: task for table in tables for name, task in table.items()}
+    tasks = []
+    for name in names:
+        found = checked_task(lookup(known, name, "data set"), name)
+        of_name = [table[found.name] for table in tables if found.name in table]
+        tasks += of_name if found in of_name else [found]
+    return tasks
 
 
 if __name__ == "__main__":
-    known = {name for cls in DATASETS.values() for name in cls.tasks}
-    for wanted in sys.argv[1:]:
-        if wanted not in known:
-            sys.exit(f"unknown task '{wanted}'{did_you_mean(wanted, known)}")
-    for kind, cls in DATASETS.items():
-        for name, task in cls.tasks.items():
-            if not sys.argv[1:] or name in sys.argv[1:]:
-                print(describe(kind, task))
+    try:
+        for task in chosen(sys.argv[1:]):
+            print(describe(task))
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

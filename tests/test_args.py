@@ -345,3 +345,31 @@ def test_temperature_needs_rows_that_were_held_out(trained):
         parse_args([*trained(), "--temperature-scaling"])
     assert parse_args([*trained("--temperature-scaling"), "--temperature-scaling"])
     assert "pass one of them" in message("--temperature-scaling", "--testing-set", "train_val")
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("blob", "--bayes-beta 1e-200"),
+        ("blob", "--bayes-beta 1e30"),
+        ("blob", "--bayes-eps 0"),
+        ("blob", "--bayes-kllr 1e30"),
+        ("blob", "--bayes-gamma 1e-3"),
+        ("deepensemble", "--ensemble-n 1000000000"),
+        ("laplace", "--laplace-prior-precision 1e300"),
+        ("tfb", "--iter 1000000"),
+    ],
+)
+def test_bounds_of_a_methods_flags_name_the_flag(method, flags):
+    base = [*BASE[:-1], method]
+    assert flags.split()[0] in message(*flags.split(), base=base)
+
+
+def test_a_run_that_the_kl_has_blown_up_blames_its_learning_rate(causal_flags):
+    """A large step on the KL, with a learning rate of the NLL that is none."""
+    import main
+    from utils.errors import RunError
+
+    flags = [*causal_flags, "--modelwrapper", "blob", "--max-train-steps", "40", "--lr", "1e-6"]
+    with pytest.raises(RunError, match=r"[lL]ower --lr and --bayes-kllr"):
+        main.main([*flags, "--bayes-kllr", "1000", "--bayes-beta", "1e-3"])

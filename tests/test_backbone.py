@@ -128,6 +128,25 @@ def test_a_folder_with_half_the_weights_is_an_error(tiny_llama, tmp_path):
         build_model(str(tmp_path), "causallm")
 
 
+def test_an_encoder_with_half_the_weights_is_an_error(tiny_bert, tmp_path):
+    """Nor is what is missing trained from scratch beside the adapter."""
+    folder = shutil.copytree(tiny_bert, tmp_path / "half")
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if ".layer.1." not in key}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"no weights for bert\.encoder\.layer\.1.*encoder"):
+        build_model(str(folder), "seqcls")
+
+
+def test_what_is_trained_whole_is_read_off_the_model(tiny_bert, tiny_llama):
+    model, _ = build_model(tiny_bert, "seqcls")
+    assert backbone.head_roots(model) == ["bert.pooler", "classifier"]
+    assert not hasattr(model, "head_roots"), "nothing of ours is on it"
+    decoder, _ = build_model(tiny_llama, "seqcls")
+    assert backbone.head_roots(decoder) == ["score"]
+    assert backbone.head_roots(build_model(tiny_llama, "causallm")[0]) == []
+
+
 def test_an_encoder_as_causal_lm_is_an_error(tmp_path):
     folder = make("distilbert", DISTILBERT, tmp_path, AutoModelForSequenceClassification)
     with pytest.raises(UsageError, match="no causal LM"):

@@ -1,6 +1,7 @@
 """Deep ensemble: independent members, one mixed batch, whole folders, resume within a member."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -74,6 +75,21 @@ def test_saved_as_one_folder_and_loaded_whole(kind, request):
     torch.testing.assert_close(
         again.predict(dataset.test_dataloader).log_probs, stored, rtol=1e-5, atol=1e-5
     )
+
+
+def test_the_size_of_an_ensemble_in_a_hub_repo_is_found_there(causal_flags, tmp_path, monkeypatch):
+    first = ensemble(causal_flags, size=2)
+    trained = main.main(first)
+    repo = tmp_path / "snapshot"
+    shutil.copytree(run_folder(first), repo / "runs" / "seed1")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo_id, allow_patterns: str(repo)
+    )
+    flags = [*causal_flags, "--modelwrapper", "deepensemble", "--log-path", "again"]
+    flags += ["--load-lora-huggingface-repo", "owner/repo", "--load-lora-path", "runs/seed1"]
+    _, _, wrapper = build(flags)
+    assert wrapper.members == ["default", "member1"]
+    assert main.main(flags) == pytest.approx(trained, abs=1e-5)
 
 
 def test_an_ensemble_of_one_loaded_as_three_is_an_error(causal_flags):

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import main
 from utils.errors import RunError, UsageError
 from utils.files import write_atomically, write_json
-from utils.run_folder import RunFolder, join_tensors, split_tensors
+from utils.run_folder import RunFolder
+from utils.run_state import join_tensors, split_tensors
 
 
 def start(flags, **kwargs) -> subprocess.Popen:

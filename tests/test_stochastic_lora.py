@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
 
+from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.stochastic_lora import (
     Draws,
     _FlipSigns,
@@ -47,6 +48,7 @@ class Net(nn.Module):
         self.is_loaded_in_4bit = backend == "Linear4bit"
         setattr(self, self.name, layers[backend]())
         self.to("cpu")  # quantises
+        use_exact_4bit(self)
 
     def forward(self, x):
         return getattr(self, self.name)(x)

@@ -1,8 +1,19 @@
 """Golden prompts, labels and answers of every task, on rows written by hand in the hub's schema."""
 
-import pytest
+import runpy
+import sys
 
-from dataset.tasks import CLASSIFICATION_TASKS, MULTIPLE_CHOICE_TASKS, TOPICS, Prompt
+import pytest
+from conftest import ROOT
+
+from dataset.tasks import (
+    CLASSIFICATION_TASKS,
+    MULTIPLE_CHOICE_TASKS,
+    TOPICS,
+    Prompt,
+    checked_task,
+    letter_or_number,
+)
 
 TOPIC_LINE = "Topics: business, entertainment, politics, sports, tech.\n\nNews: "
 HEAD = "Return the label of the correct answer for the question below.\n\nQuestion: "
@@ -150,3 +161,74 @@ def test_mmlu_groups_load_subject_after_subject(monkeypatch):
     subjects = ["international_law", "jurisprudence", "professional_law"]
     assert asked == [("cais/mmlu", subject, "test") for subject in subjects]
     assert [row["subject"] for _, row in rows] == subjects
+
+
+def test_every_built_in_record_keeps_the_rules_for_a_users_own():
+    for task in (*MULTIPLE_CHOICE_TASKS.values(), *CLASSIFICATION_TASKS.values()):
+        assert checked_task(task, task.name) == task
+
+
+@pytest.mark.parametrize("answer", ["²", "١", "½", "0.5", "a", "AB", "", None, True, 1.5, ["A"]])
+def test_answer_keys_are_letters_or_whole_numbers(answer):
+    with pytest.raises(ValueError, match="a letter from A to E, or a number from 1 on"):
+        letter_or_number("x")({"x": answer})
+
+
+@pytest.mark.parametrize("answer", [1, 0, 1.0, "1", "yes", "", None, ["true"], {"a": 1}])
+def test_booleans_are_no_numbers(answer):
+    task = MULTIPLE_CHOICE_TASKS["boolq"]
+    with pytest.raises(ValueError, match=r"'answer' is .*must be true or false"):
+        task.label(task.example | {"answer": answer})
+
+
+# --- scripts/tasks.py -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tasks_script(monkeypatch, capsys):
+    """Exit code, output and error of `python scripts/tasks.py NAMES`."""
+
+    def run(*names: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tasks.py", *names])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / "tasks.py"), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_list_of_tasks_renders_a_users_own(tasks_script, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\nfrom dataset.tasks import *\n"
+        "ONE = dataclasses.replace(MULTIPLE_CHOICE_TASKS['obqa'], name='mine', source=None)\n"
+        "TWO = dataclasses.replace(CLASSIFICATION_TASKS['rte'], name='obqa', example=None)\n"
+    )
+    code, out, err = tasks_script(f"{tmp_path}/mine.py:ONE", f"{tmp_path}/mine.py:TWO", "BOOLQ")
+    assert code == 0 and err == ""
+    first, second, third, fourth = out.split("\n## ")
+    assert first.startswith("## mine (mcdataset)") and "D) a star\nAnswer: D" in first
+    assert second.startswith("obqa\n") and "The record has no example." in second
+    assert third.startswith("boolq (mcdataset)") and fourth.startswith("boolq (bertds)")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("obqx", "did you mean 'obqa'?"),
+        ("{}/nothing.py:X", "there is no file"),
+        ("{}/mine.py:X", "has no 'X'"),
+        ("{}/mine.py:NUMBER", "must be a dataset.tasks.Task record"),
+        ("{}/mine.py:BROKEN", "the example of obqa: ZeroDivisionError"),
+    ],
+)
+def test_the_list_of_tasks_answers_bad_names_in_one_line(tasks_script, tmp_path, name, words):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\nfrom dataset.tasks import *\nNUMBER = 5\n"
+        "OBQA = MULTIPLE_CHOICE_TASKS['obqa']\n"
+        "BROKEN = dataclasses.replace(OBQA, prompt=lambda row: 1 / 0)\n"
+    )
+    code, out, err = tasks_script(name.format(tmp_path))
+    assert code == 2 and words in err and out == ""

@@ -185,6 +185,44 @@ def test_a_tolerance_that_no_sigma_meets_is_an_error(causal_flags):
         main.main(flags)
 
 
+def test_without_flipout_a_draw_is_one_set_of_weights_for_the_whole_data_set(causal_flags):
+    """Neither its predictions nor the search depend on how the rows were batched."""
+    flags = [*trained(causal_flags), "--flipout", "none", "--th", "0.5", "--bayes-beta", "0.5"]
+    results, searches = [], []
+    for size in ("5", "64"):
+        _, dataset, wrapper = build([*flags, "--eval-batch-size", size, "--log-path", size])
+        wrapper.fit_evaluate()
+        searches.append([step["change"] for step in wrapper.search])
+        results.append(wrapper.predict(dataset.test_dataloader).log_probs)
+    assert results[0].std(1).max() > 0.01
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+    assert searches[0] == pytest.approx(searches[1], rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.0004])
+def test_iter_0_takes_bayes_beta_as_sigma_without_a_search(causal_flags, sigma, capsys):
+    """It need not exceed the smallest sigma of a search, and no anchor is looked at."""
+    flags = [*trained(causal_flags), "--iter", "0", "--bayes-beta", str(sigma), "--checkpoint"]
+    _, _, wrapper = build([*flags, "--log-path", "without-search"])
+    wrapper.dataset = None
+    wrapper.fit_posterior()
+    assert f"sigma_q = {sigma} (--bayes-beta), without a search" in capsys.readouterr().out
+    for layer in layers(wrapper):  # every column of B' times its row's noise has the length sigma
+        lengths = layer.lora_B["default"].weight.norm(dim=0)
+        std = getattr(layer, RHO)["default"][:, 0].square()
+        torch.testing.assert_close((lengths * std)[lengths > 1e-6], torch.tensor(sigma).expand(8))
+    main.main(flags)
+    config = json.loads((run_folder(flags) / "bayes_config.json").read_text())
+    assert config["sigma_q"] == sigma and config["search"] == []
+    assert load_posterior(run_folder(flags), device="cpu").sigma == sigma
+
+
+def test_a_search_needs_room_and_says_that_iter_0_does_without(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "tfb", "--load-lora-path", "somewhere"]
+    with pytest.raises(UsageError, match=r"--bayes-beta is 0\.0004.*--iter 0"):
+        main.parse_args([*flags, "--bayes-beta", "0.0004"])
+
+
 def test_tfb_without_an_adapter_is_an_error(causal_flags):
     with pytest.raises(UsageError, match="pass --load-lora-path"):
         main.parse_args([*causal_flags, "--modelwrapper", "tfb"])

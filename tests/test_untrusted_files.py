@@ -31,32 +31,46 @@ TASK = None
 """
 
 
-@pytest.fixture
-def mark(tmp_path) -> Path:
-    return tmp_path / "mark"
-
-
-@pytest.fixture
-def code_model(tiny_llama, tmp_path, mark) -> Path:
+@pytest.fixture(scope="session")
+def code_model(tiny_llama, tmp_path_factory) -> Path:
     """The tiny Llama, in a folder whose config.json asks for code of its own."""
-    folder = tmp_path / "code-llama"
+    folder = tmp_path_factory.mktemp("models") / "code-llama"
     shutil.copytree(tiny_llama, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "evil.Config",
-        "AutoModelForCausalLM": "evil.Model",
-    }
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text(CODE.format(mark=str(mark)))
+    (folder / "evil.py").write_text(CODE.format(mark=str(folder / "mark")))
     return folder
 
 
 @pytest.fixture
-def posterior(causal_flags, code_model) -> Path:
-    """A BLoB posterior over that model, trained without its code."""
-    flags = [*causal_flags, "--model", str(code_model), "--modelwrapper", "blob", "--checkpoint"]
-    main.main([*flags, "--max-train-steps", "2"])
-    return run_folder(flags)
+def mark(code_model) -> Path:
+    """What that code leaves when it runs."""
+    (code_model / "mark").unlink(missing_ok=True)
+    return code_model / "mark"
+
+
+@pytest.fixture(scope="session")
+def runs(code_model, data_dir, tmp_path_factory) -> dict[str, Path]:
+    """A BLoB posterior over that model, trained without its code, and a plain adapter."""
+    flags = ["--dataset-type", "mcdataset", "--dataset", "bbc_headlines", "--data-dir", data_dir]
+    flags += ["--output-dir", str(tmp_path_factory.mktemp("out")), "--nowand", "--device", "cpu"]
+    flags += ["--model", str(code_model), "--max-train-steps", "1", "--checkpoint"]
+    folders = {}
+    for method in ("blob", "mle"):
+        main.main([*flags, "--modelwrapper", method])
+        folders[method] = run_folder([*flags, "--modelwrapper", method])
+    return folders
+
+
+@pytest.fixture
+def posterior(runs, tmp_path) -> Path:
+    return Path(shutil.copytree(runs["blob"], tmp_path / "posterior"))
+
+
+@pytest.fixture
+def adapter(runs, tmp_path) -> Path:
+    return Path(shutil.copytree(runs["mle"], tmp_path / "adapter"))
 
 
 def rewrite(file: Path, change) -> None:
@@ -196,28 +210,26 @@ def test_a_stored_call_repeats_no_code(causal_flags, code_model, mark, tmp_path,
     ],
     ids=lambda extra: next(iter(extra)),
 )
-def test_a_hostile_adapter_configuration_is_an_error(causal_flags, extra, capsys):
-    flags = [*causal_flags, "--modelwrapper", "mle"]
-    main.main([*flags, "--max-train-steps", "1", "--checkpoint"])
-    rewrite(run_folder(flags) / "adapter_config.json", lambda c: c.update(extra))
-    again = ["--load-lora-path", str(run_folder(flags)), "--log-path", "again"]
-    assert main.run([*flags, *again]) == 2
+def test_a_hostile_adapter_configuration_is_an_error(causal_flags, adapter, extra, capsys):
+    rewrite(adapter / "adapter_config.json", lambda c: c.update(extra))
+    flags = [*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(adapter)]
+    assert main.run(flags) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_names_that_peft_would_import_are_left_out(causal_flags, tmp_path, monkeypatch, mark):
+def test_names_that_peft_would_import_are_left_out(
+    causal_flags, adapter, tmp_path, monkeypatch, mark
+):
     (tmp_path / "evil_package.py").write_text(CODE.format(mark=str(mark)))
     monkeypatch.syspath_prepend(str(tmp_path))
-    flags = [*causal_flags, "--modelwrapper", "mle"]
-    main.main([*flags, "--max-train-steps", "1", "--checkpoint"])
     mapping = {"base_model_class": "Model", "parent_library": "evil_package"}
     rewrite(
-        run_folder(flags) / "adapter_config.json",
+        adapter / "adapter_config.json",
         lambda c: c.update(
             auto_mapping=mapping, base_model_name_or_path="evil/model", megatron_core="evil_package"
         ),
     )
-    again = [*flags, "--load-lora-path", str(run_folder(flags)), "--log-path", "again"]
+    again = [*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(adapter)]
     main.main([*again, "--checkpoint"])
     stored = json.loads((run_folder(again) / "adapter_config.json").read_text())
     assert "evil" not in json.dumps(stored)
@@ -228,14 +240,12 @@ def test_names_that_peft_would_import_are_left_out(causal_flags, tmp_path, monke
     "pattern", ["(([a-z_.0-9]+)+)+!", "(.*)*" * 40 + "x", "((a{1000}){1000}){1000}"]
 )
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
-def test_a_hostile_pattern_does_not_hang(causal_flags, pattern, key):
-    flags = [*causal_flags, "--modelwrapper", "mle"]
-    main.main([*flags, "--max-train-steps", "1", "--checkpoint"])
+def test_a_hostile_pattern_does_not_hang(causal_flags, adapter, pattern, key):
     value = {pattern: 4} if key == "rank_pattern" else pattern
-    rewrite(run_folder(flags) / "adapter_config.json", lambda c: c.update({key: value}))
-    again = [*flags, "--load-lora-path", str(run_folder(flags)), "--log-path", "again"]
+    rewrite(adapter / "adapter_config.json", lambda c: c.update({key: value}))
+    flags = [*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(adapter)]
     started = time.monotonic()
-    assert main.run(again) in (0, 2)
+    assert main.run(flags) in (0, 2)
     assert time.monotonic() - started < 30
 
 
@@ -266,14 +276,12 @@ def test_a_pattern_of_layers_means_what_it_means_to_peft(causal_flags, tiny_llam
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_adapter_weights_of_no_floating_type_are_an_error(causal_flags, dtype):
-    flags = [*causal_flags, "--modelwrapper", "mle"]
-    main.main([*flags, "--max-train-steps", "1", "--checkpoint"])
-    file = run_folder(flags) / "adapter_model.safetensors"
+def test_adapter_weights_of_no_floating_type_are_an_error(causal_flags, adapter, dtype):
+    file = adapter / "adapter_model.safetensors"
     save_file({key: value.to(dtype) for key, value in load_file(file).items()}, file)
-    again = [*flags, "--load-lora-path", str(run_folder(flags)), "--log-path", "again"]
+    flags = [*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(adapter)]
     with pytest.raises(UsageError, match="is of type"):
-        build(again)
+        build(flags)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
 """What users write: a subclass with `forward_logits`, from a file of their own."""
 
+import copy
+
 import pytest
 import torch
-from conftest import build
+from conftest import build, run_folder
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import main
+from dataset import build_dataset
 from modelwrappers import get_wrapper
 from utils.errors import UsageError
 
@@ -147,3 +152,122 @@ def test_a_class_that_is_no_wrapper_is_an_error(custom):
 def test_a_file_without_the_class_names_what_it_has(custom):
     with pytest.raises(UsageError, match="has no 'CustomWrapper'; did you mean 'CustomWraper'"):
         get_wrapper(custom("class CustomWraper: pass"))
+
+
+METHODS = {
+    "map": [],
+    "mcdropout": ["--lora-dropout", "0.2"],
+    "blob": ["--bayes-eps", "0.3"],
+    "deepensemble": ["--ensemble-n", "2"],
+    "laplace": ["--laplace-rank", "8"],
+}
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["plain head", "LoRA on the head"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_classifier_of_ones_own_is_trained_whole_saved_and_loaded(
+    method, head, classifier_flags, tiny_bert, tmp_path
+):
+    """A model that transformers has loaded and a LoraConfig by hand, without `load_model`."""
+    from accelerate.utils import set_seed
+
+    flags = [*classifier_flags, "--modelwrapper", method, *METHODS[method]]
+    args = main.parse_args([*flags, "--max-train-steps", "4"])
+    accelerator = main.build_accelerator(args)
+    set_seed(1)
+    dataset = build_dataset(args, accelerator)
+    targets = ["query", "value", *(["classifier"] if head else [])]
+
+    def wrap():
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=5)
+        model.requires_grad_(False)
+        dropout = args.lora_dropout or 0.0
+        config = LoraConfig(r=4, target_modules=targets, lora_dropout=dropout)
+        return get_wrapper(method)(model, config, args, accelerator)
+
+    wrapper = wrap()
+    wrapper.run_folder.path.mkdir(parents=True)
+    wrapper.prepare_for_fit_evaluate(dataset)
+    before = {name: p.detach().clone() for name, p in wrapper.named_parameters()}
+    wrapper.fit_evaluate()
+    moved = {n for n, p in wrapper.named_parameters() if not torch.equal(p, before[n])}
+    assert any("classifier" in name for name in moved) and any("pooler" in n for n in moved)
+    wrapper.save_pretrained(tmp_path / "saved")
+    again = wrap()
+    again.load_adapter_weights(tmp_path / "saved")
+    batch = wrapper.model_inputs(next(iter(dataset.test_dataloader)))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.eval().forward_logits(batch, sample=False),
+            wrapper.eval().forward_logits(batch, sample=False),
+        )
+
+
+# --- generating text ------------------------------------------------------------------------------
+
+PROMPT = torch.tensor([[5, 6, 7, 8]])
+
+
+def generated(model) -> list[int]:
+    length = PROMPT.shape[1]
+    tokens = model.generate(input_ids=PROMPT, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    return tokens[0, length:].tolist()
+
+
+@pytest.mark.parametrize("method", ["map", "mle"])
+def test_a_point_estimate_generates_as_pefts_models_do(method, causal_flags):
+    _, _, wrapper = build([*causal_flags, "--modelwrapper", method, "--max-train-steps", "20"])
+    wrapper.fit_evaluate()
+    wrapper.eval()
+    with torch.no_grad():
+        tokens = PROMPT
+        for _ in range(3):
+            tokens = torch.cat([tokens, wrapper(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
+    assert generated(wrapper) == generated(wrapper.base_model) == tokens[0, 4:].tolist()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "map"])
+def test_a_posterior_does_not_generate_from_its_mean_in_silence(method, causal_flags, tiny_llama):
+    _, _, wrapper = build(
+        [*causal_flags, "--modelwrapper", method, *METHODS[method], "--max-train-steps", "20"]
+    )
+    wrapper.fit_evaluate()
+    wrapper.eval()
+    ways = (wrapper, wrapper.base_model, wrapper.get_base_model())
+    for way in (*ways, copy.deepcopy(wrapper.base_model)):
+        with pytest.raises(UsageError, match=rf"posterior \({method}\).*merge_adapter\(\)"):
+            generated(way)
+    base = generated(AutoModelForCausalLM.from_pretrained(tiny_llama).eval())
+    with wrapper.disable_adapter():
+        assert [generated(way) for way in ways] == [base] * 3
+    wrapper.merge_adapter()
+    mean = generated(wrapper)
+    wrapper.unmerge_adapter()
+    with pytest.raises(UsageError, match="cannot be generated"):
+        generated(wrapper)
+    assert generated(wrapper.merge_and_unload()) == mean
+
+
+def test_a_posterior_of_which_the_mean_is_wanted_generates_from_it(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "blob", "--bayes-inference-notsample"]
+    _, _, wrapper = build(flags)
+    assert len(generated(wrapper.eval())) == 3
+
+
+def test_a_loaded_tfb_posterior_does_not_generate_from_its_mean_in_silence(causal_flags):
+    first = [*causal_flags, "--modelwrapper", "map", "--max-train-steps", "5", "--checkpoint"]
+    main.main(first)
+    folder = str(run_folder(first))
+    _, _, wrapper = build([*causal_flags, "--modelwrapper", "tfb", "--load-lora-path", folder])
+    with pytest.raises(UsageError, match=r"posterior \(tfb\)"):
+        generated(wrapper.eval())
+
+
+def test_a_wrapper_around_a_model_that_was_a_posteriors_generates_again(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "blob"]
+    _, _, wrapper = build(flags)
+    config = wrapper.peft_config["default"]
+    model = wrapper.unload()
+    args = main.parse_args([*causal_flags, "--modelwrapper", "map"])
+    plain = get_wrapper("map")(model, config, args, main.build_accelerator(args))
+    assert len(generated(plain.eval())) == 3

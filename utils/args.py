@@ -340,15 +340,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed-sampling", type=seed, help="seed of the posterior's draws (default: --seed)"
     )
     run.add_argument("--config", type=text, metavar="FILE", help="a stored args.json to run again")
-    run.add_argument("--output-dir", default="checkpoints", help="root of all run folders")
-    run.add_argument("--log-path", default="default", help="name of the run's folder")
-    run.add_argument("--checkpoint-name", default="default", help="name of the run's folder, too")
-    add_switch(run, "--checkpoint", help="save the adapter")
     run.add_argument(
-        "--save-per-steps", type=count, default=500, help="updates between states; 0: none"
+        "--output-dir", type=text, default="checkpoints", help="root of all run folders"
+    )
+    run.add_argument("--log-path", type=text, default="default", help="name of the run's folder")
+    run.add_argument(
+        "--checkpoint-name", type=text, default="default", help="name of the run's folder, too"
+    )
+    add_switch(run, "--checkpoint", default=True, help="save the adapter (default: true)")
+    run.add_argument(
+        "--save-per-steps",
+        type=count,
+        default=500,
+        help="updates between states; 0: only at the end and when interrupted",
     )
     add_switch(run, "--resume", help="go on from the run's last state, if it has one")
-    add_switch(run, "--overwrite", help="start over where an interrupted run's state is kept")
+    add_switch(run, "--overwrite", help="replace an earlier run in the same folder")
     run.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any"
     )
@@ -445,7 +452,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--target-modules",
         nargs="+",
-        type=text,
         help="layers to adapt (default: by model)",
     )
     add_switch(model, "--apply-classhead-lora", help="query, value and the output head")
@@ -461,7 +467,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", "--task", type=text, help="a data set's name, or FILE.py:NAME")
     data.add_argument("--dataset-type", choices=["mcdataset", "bertds"])
-    data.add_argument("--data-dir", help="folder with train, validation or test files")
+    data.add_argument("--data-dir", type=text, help="folder with train, validation or test files")
     data.add_argument(
         "--testing-set",
         "--testing_set",

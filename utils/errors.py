@@ -55,6 +55,21 @@ def _bounded_repr(value: Any, longest: int) -> str:
         return type(value).__name__
 
 
+def described(error: BaseException) -> str:
+    """Somebody else's exception on one line: its type and the first line of what it says.
+
+    A plain `ValueError` says what is wrong with a value; its type adds nothing to that.
+    """
+    try:
+        first = (str(error).strip().splitlines() or [""])[0]
+    except Exception:  # an exception of a user's own may fail to be printed
+        first = ""
+    first = printable(first if len(first) <= 500 else f"{first[:500]}...")
+    if type(error) is ValueError and first:
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class _Told(Exception):
     """Its message is for a person: printable, and no longer than a screen."""
 

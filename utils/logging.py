@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,30 @@ def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
         handler.setFormatter(_Formatter("%(message)s"))
         logger.addHandler(handler)
     if log_file is not None and is_main_process:
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        file = _LogFile(log_file, encoding="utf-8")
         file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
         for record in memory.records:
             file.handle(record)
         logger.addHandler(file)
     logger.addHandler(memory)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that cannot grow costs its lines, not the terminal: one line says so there."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(f"{self.baseFilename} cannot grow: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written cannot be written now
+            super().close()
 
 
 class _Memory(logging.Handler):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -55,14 +55,18 @@ RecordType = TypeVar("RecordType", bound=BaseModel)
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, **hooks: Callable) -> Any:
     """The content of a JSON text.
 
+    Args:
+        text: of the file, or of a line of it.
+        where: it stands, for the message.
+        hooks: of `json.loads`; a ValueError of theirs makes the text invalid.
     Raises:
         UsageError: no JSON, or nested deeper than `MOST_DEPTH`.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, **hooks)
     except RecursionError:
         raise UsageError(f"{where}: nested deeper than {MOST_DEPTH} levels.") from None
     except ValueError as error:

@@ -1,255 +1,250 @@
-"""A run's folder, and a training state that survives a kill at any moment.
+"""A run's folder: where it is, what its files say, and how a new run takes an old one's place.
 
-Layout: the README's section "A run's folder".
+Layout: the README's section "A run's folder". The rule that nothing is lost rests on three things:
+
+- A run writes into its folder only where nothing of an earlier run is. Else, with --overwrite, it
+  writes into `.next` in there, and the old files stay until the new run has all its results. Then
+  `.next` is published: a list of what goes and what comes is written, and carried out; whoever
+  opens the folder next carries on with the list if the process dies on the way.
+- metrics.json comes last. A folder that has it is finished; one that has not is interrupted.
+- Files are known by exact name. What a run has written is listed in its metrics.json; for older
+  ones the names follow from its data sets and its method. Nothing else is ever deleted.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import shutil
+import re
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
-import torch
-from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from utils.errors import RunError, UsageError, quoted
-from utils.files import write_atomically, write_json, write_tensors
+from utils.files import (
+    disk_errors,
+    remove_folder,
+    remove_trash,
+    sweep_temporaries,
+    sync,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 from utils.logging import logger
-from utils.records import (
-    Count,
-    Name,
-    Nonnegative,
-    Record,
-    RecordType,
-    as_record,
-    read_json,
-    read_tensors,
+from utils.records import Count, Record, as_record, parse_json, read_record
+from utils.run_records import (
+    ARGS_FILE,
+    FORMAT_VERSION,
+    HISTORY_FILE,
+    LOG_FILE,
+    METRICS_FILE,
+    FileName,
+    differences,
+    file_name,
+    read_metrics_record,
+    read_run_record,
 )
+from utils.run_state import StateRecord, States
 
-KEPT_STATES = 2
-ARGS_FILE, METRICS_FILE, HISTORY_FILE, LOG_FILE = (
-    *("args.json", "metrics.json", "history.jsonl", "log.txt"),
-)
-FORMAT_VERSION = 1  # of a run's JSON files; those without the key are older, and read as 1
-LONGEST_ARGUMENT = 2**17  # characters: what Linux passes to a program
+# What every run has, however far it came.
+_RECORDS = (ARGS_FILE, HISTORY_FILE, LOG_FILE)
+_PUBLICATION = "publish.json"
 
 
-# --- what the files say -------------------------------------------------------------------------
+class _Publication(Record):
+    """`.next/publish.json`: what goes from the run's folder, and what comes from `.next`."""
+
+    delete: list[FileName]
+    replace: list[FileName]
 
 
-def _flag_value(value: Any) -> Any:
-    """A flag's value as JSON has it: a scalar, or a list of scalars."""
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, bool | int | float | str | None):
-            raise ValueError("a flag is a text, a number, true, false, null or a list of those")
-        if isinstance(item, str) and len(item) > LONGEST_ARGUMENT:
-            raise ValueError(f"a flag has at most {LONGEST_ARGUMENT} characters")
-    return value
+class _Line(Record):
+    """A line of history.jsonl, as far as a resumed run must know it."""
+
+    step: Count
+    eval: dict[str, Any] | None = None
 
 
-FlagValue = Annotated[Any, AfterValidator(_flag_value)]
-Flags = Annotated[dict[Name, FlagValue], Field(max_length=10_000)]
-Share = Annotated[FiniteFloat, Field(ge=0, le=1.001)]  # a float32's rounding may pass 1
+# --- where it is ----------------------------------------------------------------------------------
 
-
-class RunRecord(Record):
-    """args.json: what a run was told, and what made it.
-
-    Attributes:
-        args: every flag with the value that the run uses; empty in a --config made by hand.
-        given: those that were passed; empty in the oldest files.
-        run: command, commit, host, start time and versions of libraries.
-    """
-
-    args: Flags = Field(default_factory=dict)
-    given: Flags = Field(default_factory=dict)
-    run: Annotated[dict[Name, Any], Field(max_length=1_000)] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _says_something(self) -> RunRecord:
-        if not self.model_fields_set & {"args", "given"}:
-            raise ValueError("it has neither an object 'args' nor an object 'given'")
-        return self
-
-    @property
-    def repeated(self) -> dict[str, Any]:
-        """The flags that `--config` passes again: those that were given, or else all."""
-        return self.given if "given" in self.model_fields_set else self.args
-
-
-class Scaled(Record):
-    """What the temperature that was fitted on held-out rows makes of a data set's metrics."""
-
-    temperature: FiniteFloat
-    acc: Share | None = None
-    ece: Share | None = None
-    nll: FiniteFloat | None = None
-    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)] | None = None
-
-
-class Block(Record):
-    """A data set's metrics. Those that an overridden `evaluate` does not know are None."""
-
-    acc: Share
-    ece: Share
-    nll: FiniteFloat
-    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)]
-    split: Name = "?"
-    num_bins: Count | None = None
-    seconds: Nonnegative | None = None
-    n_examples: Count | None = None
-    n_draws: Count | None = None
-    temperature_scaled: Scaled | None = None
-
-
-class MetricsRecord(Record):
-    """metrics.json: what a finished run has measured.
-
-    Attributes:
-        datasets: data set -> its metrics; the run's own first.
-        files: what the run has written into its folder; None in files of older versions.
-    """
-
-    modelwrapper: Name | None = None
-    model: Name | None = None
-    seed: int | None = None
-    updates: Count | None = None
-    training_seconds: Nonnegative | None = None
-    peak_memory_bytes: Count | None = None
-    datasets: Annotated[dict[Name, Block], Field(min_length=1, max_length=10_000)]
-    files: Annotated[list[Name], Field(max_length=100_000)] | None = None
-
-
-def read_run_record(path: Path, what: str) -> RunRecord:
-    """A run's args.json, whatever version wrote it.
-
-    Args:
-        path: of the file.
-        what: on whose behalf it is read, for the message: a flag.
-    Raises:
-        UsageError: there is none, it is damaged, or a newer version wrote it.
-    """
-    return _read_versioned(path, RunRecord, what, "Restore the file, or make the run again.")
-
-
-def read_metrics_record(path: Path, what: str) -> MetricsRecord:
-    """A run's metrics.json, whatever version wrote it; see `read_run_record`."""
-    return _read_versioned(path, MetricsRecord, what, "Restore the file, or make the run again.")
-
-
-def _read_versioned(path: Path, record: type[RecordType], what: str, remedy: str) -> RecordType:
-    content = read_json(path, what)
-    where = f"{what}: {path}"
-    version = content.get("format_version", 1) if isinstance(content, dict) else 1
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise UsageError(f"{where}: key 'format_version' is {quoted(version)}, no count. {remedy}")
-    if version > FORMAT_VERSION:
-        raise UsageError(
-            f"{where}: it has format_version {quoted(version)}, which a newer version of this "
-            f"project wrote; this one reads up to {FORMAT_VERSION}: update it."
-        )
-    return as_record(content, record, where, remedy)
-
-
-# --- nested state <-> safetensors + JSON --------------------------------------------------------
-
-
-def split_tensors(state: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """Separate a nested state dict into JSON-able structure and a flat dict of tensors.
-
-    Dict keys that are integers (as in `Optimizer.state_dict()`) are kept apart from strings.
-    """
-    if isinstance(state, Tensor):
-        return {"__tensor__": prefix}, {prefix: state}
-    tensors: dict[str, Tensor] = {}
-    if isinstance(state, Mapping):
-        items = []
-        for key, value in state.items():
-            structure, found = split_tensors(value, f"{prefix}/{key}" if prefix else str(key))
-            items.append([key, structure])
-            tensors |= found
-        return {"__dict__": items}, tensors
-    if isinstance(state, list | tuple):
-        values = []
-        for position, value in enumerate(state):
-            structure, found = split_tensors(value, f"{prefix}/{position}")
-            values.append(structure)
-            tensors |= found
-        return values, tensors
-    return state, tensors
-
-
-def join_tensors(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `split_tensors` (tuples come back as lists)."""
-    if isinstance(structure, Mapping):
-        if "__tensor__" in structure:
-            return tensors[structure["__tensor__"]]
-        return {key: join_tensors(value, tensors) for key, value in structure["__dict__"]}
-    if isinstance(structure, list):
-        return [join_tensors(value, tensors) for value in structure]
-    return structure
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of torch's random number generators on the CPU and on this process's GPU."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """The inverse of `rng_state`."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-# --- the folder ---------------------------------------------------------------------------------
+LONGEST_FOLDER, LONGEST_DATA_SET = 255, 200  # bytes; a data set's name is part of a file's, too
+# Folders in a run's folder or beside it that are no runs: the report does not look into them.
+_NOT_RUNS = ("state", "wandb", "tensorboard")
+_HELD_OUT = "held_out"  # predictions-held_out.safetensors are of no data set of that name
 
 
 def run_folder_path(args) -> Path:
     """`<output-dir>/<modelwrapper>/<model>/<dataset>/<name>`.
 
     `<name>` is --checkpoint-name where it was set, else --log-path. A local model folder stands
-    under its last component; a hub id keeps its owner.
+    under its last component; a hub id keeps its owner. Each is one folder's name, so that no run
+    lies outside of --output-dir or in another run's folder.
+
+    Raises:
+        UsageError: one of them is no folder's name, or a link leads elsewhere.
     """
-    method = args.modelwrapper.rpartition(":")[2].lower()
-    model = str(args.model)
+    if not str(args.output_dir).strip():
+        raise UsageError(
+            "--output-dir is empty, which would be the working directory; an empty value usually "
+            "is an unset variable in a script. Pass --output-dir . if you mean it."
+        )
+    names = {
+        flag: check_name(getattr(args, flag.removeprefix("--").replace("-", "_")), flag)
+        for flag in ("--log-path", "--checkpoint-name")
+    }
+    name = names["--checkpoint-name"]
+    parts = [
+        check_name(args.modelwrapper.rpartition(":")[2].lower(), "--modelwrapper"),
+        *_model_folders(str(args.model)),
+        check_data_set_name(args.dataset.rpartition(":")[2], "--dataset"),
+        name if name != "default" else names["--log-path"],
+    ]
+    root = Path(args.output_dir)
+    path = root.joinpath(*parts)
+    try:
+        expected, real = root.resolve().joinpath(*parts), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a link to itself
+        raise UsageError(f"--output-dir {quoted(str(root))} cannot be used ({error}).") from None
+    if real != expected:
+        raise UsageError(
+            f"the run's folder {path} is reached by a link, which leads to {real}; a run stays in "
+            f"--output-dir. Remove the link, or make {root} itself the link."
+        )
+    return path
+
+
+def _model_folders(model: str) -> list[str]:
     if os.path.isabs(model) or model.startswith(".") or Path(model).is_dir():
-        model = Path(model).resolve().name
-    name = args.checkpoint_name if args.checkpoint_name != "default" else args.log_path
-    return Path(args.output_dir) / method / model / args.dataset.rpartition(":")[2] / name
+        return [check_name(Path(model).resolve().name, "--model")]
+    parts = model.split("/")
+    if len(parts) > 2:
+        raise UsageError(
+            f"--model {quoted(model)} is no folder here, and no hub id, which is owner/name."
+        )
+    return [check_name(part, "--model") for part in parts]
+
+
+def check_name(name: str, flag: str, longest: int = LONGEST_FOLDER) -> str:
+    """A name that becomes one folder, or part of a file's name.
+
+    Raises:
+        UsageError: it would be no folder, several, a hidden one, or one of ours.
+    """
+    rule = None
+    if not name:
+        rule = "is empty (an empty value usually is an unset variable in a script)"
+    elif "/" in name or "\\" in name:
+        rule = "must be one folder's name, without / and \\"
+    elif name.startswith("."):
+        rule = "must not begin with a dot"
+    elif not name.isprintable():
+        rule = "must have printable characters only"
+    elif len(os.fsencode(name)) > longest:
+        rule = f"must have at most {longest} bytes, but has {len(os.fsencode(name))}"
+    elif name.lower() in _NOT_RUNS or name in (ARGS_FILE, METRICS_FILE, HISTORY_FILE, LOG_FILE):
+        rule = "is a name that runs use for files of their own"
+    if rule is not None:
+        raise UsageError(f"{flag}: {quoted(name)} names a run's folder and {rule}; choose another.")
+    return name
+
+
+def check_data_set_name(name: str, flag: str) -> str:
+    """`check_name`, of what also names a file of predictions."""
+    if name == _HELD_OUT:
+        raise UsageError(
+            f"{flag}: {quoted(name)} is what the predictions on held-out rows are called; choose "
+            "another name for the data set."
+        )
+    return check_name(name, flag, LONGEST_DATA_SET)
+
+
+def predictions_file(data_set: str | None = None) -> str:
+    """The file of a shifted data set's predictions, or of the run's own."""
+    return f"predictions-{data_set}.safetensors" if data_set else "predictions.safetensors"
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What a call does with its folder.
+
+    Attributes:
+        kept: the run is finished, with these flags: nothing is done.
+        staged: the run writes into `.next`, because an earlier one's files are there.
+        resumed: it goes on from a state.
+    """
+
+    kept: bool = False
+    staged: bool = False
+    resumed: bool = False
 
 
 class RunFolder:
-    """The files of one run, and its training states under `state/step-NNNNNNNN/`."""
+    """The files of one run, and its training states under `state/`.
 
-    def __init__(self, path: Path, rank: int = 0, num_processes: int = 1) -> None:
+    Args:
+        path: the run's folder.
+        rank, num_processes: of this process; only rank 0 changes what all share.
+        adapter_files: the files that the method keeps an adapter in; `{n}` stands for a number.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rank: int = 0,
+        num_processes: int = 1,
+        adapter_files: tuple[str, ...] = (),
+    ) -> None:
         self.path = Path(path)
         self.rank = rank
         self.num_processes = num_processes
-        self._history = None
+        self.adapter_files = adapter_files
+        self.plan = Plan()
+        self.is_open = False  # between `begin` and `close`
+        self._next = self.path / ".next"
+        self._written: set[str] = set()
+        self._made: list[Path] = []  # folders
+        self._finished = False
+        self._lock: int | None = None
+        self._history: int | None = None
+        self._states: States | None = None
+
+    @property
+    def files(self) -> Path:
+        """Where this run's files are written."""
+        return self._next if self.plan.staged else self.path
+
+    @property
+    def state(self) -> States:
+        """The run's training states."""
+        if self._states is None or self._states.folder.parent != self.files:
+            self._states = States(self.files / "state", self.rank, self.num_processes)
+        return self._states
 
     @property
     def states(self) -> list[Path]:
-        """Complete states, oldest first."""
-        return sorted((self.path / "state").glob("step-*"))
+        """The folders of this run's states, oldest first."""
+        return self.state.all()
+
+    # before anything is written
 
     def check_writable(self) -> None:
-        """Fail before the model is loaded, not after the run.
+        """Fail before the model is loaded, not after the run. Nothing is left behind.
 
         Raises:
             UsageError: the folder cannot be created or written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path) as probe:
+            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            with tempfile.TemporaryFile(dir=existing) as probe:
                 probe.write(b"\0" * 4096)
                 probe.flush()
         except OSError as error:
@@ -258,150 +253,444 @@ class RunFolder:
                 "choose another with --output-dir."
             ) from None
 
-    def check_against_earlier_run(self, args) -> None:
-        """Hold `args` against what the folder already keeps.
+    def open(self, args) -> Plan:
+        """Decide what this call does here; what killed processes have left is finished or swept.
 
         Raises:
-            UsageError: `--resume` with other flags than the stored ones; an interrupted run's state
-                that a new run would replace; or the folder of the adapter that is to be loaded.
+            UsageError: a run with other flags, an interrupted run or the adapter that is to be
+                loaded would be replaced; another run is writing here; `--resume` with other flags
+                than the stored ones.
         """
-        stored_file = self.path / "args.json"
-        if args.resume:
-            if not stored_file.is_file():
-                return
-            stored = read_json(stored_file, "--resume")["args"]
-            free = {"resume", "overwrite", "config", "tracker", "nowand", "save_per_steps"}
-            free |= {"wandb_entity", "wandb_project", "wandb_name", "output_dir", "device"}
-            free |= {"eval_batch_size", "gradient_checkpointing"}  # the remedies of a full memory
-            differing = [
-                f"--{key.replace('_', '-')} is {getattr(args, key)!r}, the stored run has {value!r}"
-                for key, value in stored.items()
-                if key not in free and hasattr(args, key) and getattr(args, key) != value
-            ]
-            if differing:
+        self.check_writable()
+        self._check_not_inside_a_run()
+        if self.path.is_dir() and not self._is_at_rest_with(args):
+            self._take_lock()
+            with disk_errors(self.path):
+                self._recover(args.overwrite)
+        self.plan = self._decide(args)
+        return self.plan
+
+    def _check_not_inside_a_run(self) -> None:
+        for folder in self.path.absolute().parents:
+            others = (METRICS_FILE, HISTORY_FILE, LOG_FILE)
+            if (folder / ARGS_FILE).is_file() and any((folder / o).is_file() for o in others):
                 raise UsageError(
-                    f"--resume: {'; '.join(differing)}. A resumed run keeps its flags (they are in "
-                    f"{stored_file}); pass the same ones, or another --log-path for a new run."
+                    f"{self.path} lies in the folder of another run, {folder}; choose another "
+                    "--output-dir or --log-path."
                 )
-        elif (
-            args.load_lora_path is not None
-            and Path(args.load_lora_path).resolve() == self.path.resolve()
-            and not args.overwrite
-        ):
+        if self.path.is_dir() and not (self.path / ARGS_FILE).is_file():
+            inside = [child for child in self.path.iterdir() if (child / ARGS_FILE).is_file()]
+            if inside:
+                raise UsageError(
+                    f"the folder of another run, {inside[0]}, lies in {self.path}; choose another "
+                    "--output-dir or --log-path."
+                )
+
+    def _is_at_rest_with(self, args) -> bool:
+        """Whether the run is finished, by these flags, and nobody has left anything to do here."""
+        finished = (self.path / METRICS_FILE).is_file() and (self.path / ARGS_FILE).is_file()
+        if not finished or args.overwrite or self._differences(args, self.path):
+            return False
+        return not any(p.name == "state" or p.name.startswith(".") for p in self.path.iterdir())
+
+    def _differences(self, args, folder: Path) -> list[str]:
+        file = folder / ARGS_FILE
+        remedy = "restore it, start over with --overwrite, or pass another --log-path."
+        if not file.is_file():
+            raise UsageError(
+                f"{folder} keeps a run, but its {ARGS_FILE}, which says what it was, is missing: "
+                f"{remedy}"
+            )
+        stored = read_run_record(file, "--resume" if args.resume else "--log-path")
+        if not stored.args:
+            raise UsageError(f"{file} does not say what the run was: {remedy}")
+        return differences(args, stored)
+
+    def _decide(self, args) -> Plan:
+        is_finished = (self.path / METRICS_FILE).is_file()
+        interrupted = [f for f in (self._next, self.path) if self._is_interrupted(f)]
+        if args.overwrite:
+            return Plan(staged=is_finished or self._holds_results(self.path))
+        refused = []
+        for folder in interrupted if args.resume else ():
+            if not (differing := self._differences(args, folder)):
+                has_state = bool(States(folder / "state", 0, 1).entries())
+                return Plan(staged=folder == self._next, resumed=has_state)
+            refused.append((folder, differing))
+        if is_finished:
+            if not (differing := self._differences(args, self.path)):
+                return Plan(kept=True)
+            refused.append((self.path, differing))
+        if not args.resume:
+            self._check_own_adapter(args)
+        if refused and args.resume:
+            folder, differing = refused[0]
+            raise UsageError(
+                f"--resume: {'; '.join(differing)}. A resumed run keeps its flags (they are in "
+                f"{folder / ARGS_FILE}); pass the same ones, or another --log-path for a new run."
+            )
+        if refused:
+            raise UsageError(
+                f"{self.path} keeps a finished run with other flags: {'; '.join(refused[0][1])}. "
+                "Pass another --log-path, or --overwrite to replace it."
+            )
+        for folder in interrupted:
+            self._check_interrupted(args, folder)
+        if not interrupted and self._holds_results(self.path):
+            found = [*self._results(self.path), HISTORY_FILE][0]
+            raise UsageError(
+                f"{self.path} has {found}, which is of no run that is known here and which a "
+                "new run would replace; pass another --log-path, or --overwrite."
+            )
+        return Plan()
+
+    def _check_own_adapter(self, args) -> None:
+        source = args.load_lora_path
+        if source is not None and Path(source).resolve() == self.path.resolve():
             raise UsageError(
                 f"--load-lora-path is this run's own folder, {self.path}: the files of the run "
                 "that trained the adapter would be replaced. Pass another --log-path, or "
                 "--overwrite."
             )
-        elif self.states and not args.overwrite:
-            step = int(self.states[-1].name.removeprefix("step-"))
+
+    def _check_interrupted(self, args, folder: Path) -> None:
+        """A run that left nothing to go on from may be started again, by the same flags."""
+        states = States(folder / "state", 0, 1)
+        has_nothing = not states.entries() and not self._results(folder)
+        if has_nothing and folder == self.path and not (other := self._differences(args, folder)):
+            return
+        whole = states.all()
+        at = f" after update {int(whole[-1].name.removeprefix('step-'))}" if whole else ""
+        if has_nothing and folder == self.path:
             raise UsageError(
-                f"{self.path} keeps the state of a run interrupted after update {step}; pass "
-                "--resume to go on, --overwrite to start over, or another --log-path."
+                f"{self.path} keeps a run interrupted before its first state: {'; '.join(other)}. "
+                "Pass --overwrite to start over, or another --log-path."
             )
-        elif (self.path / "metrics.json").is_file():
-            logger.info("%s holds an earlier run: its files are replaced.", self.path)
+        raise UsageError(
+            f"{folder} keeps the state of a run interrupted{at}; pass "
+            "--resume to go on, --overwrite to start over, or another --log-path."
+        )
 
-    def finished(self) -> dict[str, Any] | None:
-        """The metrics of each data set, if a run came to its end here."""
-        file = self.path / "metrics.json"
-        if self.states or not file.is_file():
-            return None
-        return read_json(file, "--resume")["datasets"]
+    # what is there
 
-    def clear(self, keep_adapter: bool) -> None:
-        """Forget an earlier run's states and results, before a new run begins."""
-        shutil.rmtree(self.path / "state", ignore_errors=True)
-        patterns = ["history.jsonl", "metrics.json", "predictions*.safetensors", "log.txt"]
-        if not keep_adapter:
-            patterns += ["adapter_*", "bayes_config.json", "member*/adapter_*"]
-            patterns += ["laplace.safetensors"]
-        for pattern in patterns:
-            for file in self.path.glob(pattern):
-                file.unlink()
+    def _is_interrupted(self, folder: Path) -> bool:
+        """Whether a run has begun in `folder`, left something worth keeping, and has not ended."""
+        if not folder.is_dir() or (folder / METRICS_FILE).is_file():
+            return False
+        begun = (folder / ARGS_FILE).is_file() or bool(States(folder / "state", 0, 1).entries())
+        return begun and self._holds_results(folder)
+
+    def _holds_results(self, folder: Path) -> bool:
+        """Whether there is more than flags and messages: updates, a state, predictions, adapter."""
+        has_updates = (folder / HISTORY_FILE).is_file() and (folder / HISTORY_FILE).stat().st_size
+        has_state = States(folder / "state", 0, 1).entries()
+        return bool(has_updates or has_state or self._results(folder))
+
+    def _results(self, folder: Path) -> list[str]:
+        """Predictions and adapter files of a run."""
+        return _existing(folder, self._names(folder) - {*_RECORDS, METRICS_FILE})
+
+    def _names(self, folder: Path) -> set[str]:
+        """What the run in `folder` can have written, by exact name: as it says, or as it follows.
+
+        Whoever deletes them all deletes nothing else.
+        """
+        names: set[str] = {*_RECORDS, METRICS_FILE}
+        data_sets: set[str] = set()
+        with suppress(UsageError):
+            record = read_metrics_record(folder / METRICS_FILE, "--overwrite")
+            if record.files is not None:
+                return names | set(record.files)
+            data_sets |= set(record.datasets)
+        with suppress(UsageError):
+            flags = read_run_record(folder / ARGS_FILE, "--overwrite").args
+            shifted = flags.get("ood_datasets")
+            data_sets |= {str(name).rpartition(":")[2] for name in _as_list(shifted)}
+        names |= {predictions_file(), predictions_file(_HELD_OUT)}
+        for data_set in data_sets:
+            with suppress(UsageError):
+                names.add(predictions_file(check_name(data_set, "data set")))
+        for pattern in self.adapter_files:
+            names |= _numbered(folder, pattern)
+        return names
+
+    # the run begins
+
+    def begin(self, args, record: Mapping[str, Any]) -> None:
+        """args.json; what an earlier call without results has left goes.
+
+        Raises:
+            UsageError: another run has begun here in the meantime.
+        """
+        with disk_errors(self.path):
+            if self._lock is None:
+                self._make_folder()
+                self._take_lock()
+                if self._decide(args) != self.plan:
+                    raise UsageError(f"another run has begun in {self.path}; wait for it.")
+            self.is_open = True
+            if self.plan.resumed:
+                self._written = set(_existing(self.files, self._names(self.files)))
+                return
+            if self.plan.staged:
+                remove_folder(self._next)
+                self._next.mkdir()
+            else:
+                for name in _RECORDS:
+                    (self.path / name).unlink(missing_ok=True)
+        self.write_json(ARGS_FILE, {"format_version": FORMAT_VERSION, **record})
+
+    def _make_folder(self) -> None:
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+
+    def _take_lock(self) -> None:
+        """Hold the folder for as long as this process writes into it.
+
+        Raises:
+            UsageError: another process does.
+        """
+        file = self.path / ".lock"
+        while self._lock is None:
+            try:
+                lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            except OSError as error:
+                raise UsageError(
+                    f"the output folder {self.path} cannot be written ({error.strerror}); "
+                    "choose another with --output-dir."
+                ) from None
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(lock, 200).decode(errors="replace").strip()
+                os.close(lock)
+                raise UsageError(
+                    f"another run is writing to {self.path} right now "
+                    f"({quoted(holder) if holder else 'unknown'}); wait for it, or pass another "
+                    "--log-path."
+                ) from None
+            except OSError as error:  # a file system without locks
+                logger.info("%s cannot be locked (%s): start no second run there.", file, error)
+            # Whoever held it may have deleted it: then this is a lock that nobody else sees.
+            with suppress(FileNotFoundError):
+                if os.fstat(lock).st_ino == os.stat(file).st_ino:
+                    self._lock = lock
+            if self._lock is None:
+                os.close(lock)
+        with suppress(OSError):
+            os.ftruncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    # the run ends
+
+    def finish(self) -> None:
+        """The run is complete: its files take the place of an earlier run's; states are dropped."""
+        self._close_history()
+        if self.rank != 0:
+            return
+        with disk_errors(self.path):
+            if self.plan.staged:
+                self._publish()
+            else:
+                self.state.drop()
+        self._finished = True
+
+    def close(self) -> None:
+        """Let go of the folder; of a run that failed without a state nothing stays in `.next`."""
+        self._close_history()
+        if self.rank == 0:
+            if (
+                self.is_open
+                and self.plan.staged
+                and not self._finished
+                and not self.state.entries()
+            ):
+                remove_folder(self._next)
+            if self._lock is not None:
+                with suppress(OSError):
+                    os.unlink(self.path / ".lock")
+                os.close(self._lock)
+                self._lock = None
+            for folder in reversed(self._made):
+                with suppress(OSError):  # it has files by now
+                    folder.rmdir()
+        self._made = []
+        self.is_open = False
+
+    def _recover(self, overwrite: bool) -> None:
+        """Finish what a killed process had begun, and sweep up after it.
+
+        Args:
+            overwrite: what cannot be finished, because somebody has damaged it, may go.
+        """
+        remove_trash(self.path / ".trash-next")
+        if (self._next / METRICS_FILE).is_file() or (self._next / _PUBLICATION).is_file():
+            try:
+                self._publish()
+            except UsageError:
+                if not overwrite:
+                    raise
+                remove_folder(self._next)
+        elif self._next.is_dir() and not self._is_interrupted(self._next):
+            remove_folder(self._next)
+        for folder in (self.path, self._next):
+            names = self._names(folder) | {_PUBLICATION}
+            for parent in {(folder / name).parent for name in names}:
+                sweep_temporaries(parent, {Path(name).name for name in names})
+            remove_folder(folder / ".adapter")
+            States(folder / "state", 0, 1).sweep()
+        if (self.path / METRICS_FILE).is_file():
+            States(self.path / "state", 0, 1).drop()
+
+    def _publish(self) -> None:
+        """Put the files of `.next` in place of the old run's; can be repeated from any point."""
+        file = self._next / _PUBLICATION
+        if not file.is_file():
+            record = read_metrics_record(self._next / METRICS_FILE, "--overwrite")
+            new = set(record.files or ())
+            if METRICS_FILE not in new:
+                raise UsageError(
+                    f"{self._next / METRICS_FILE} does not say what the run has written; "
+                    f"pass --overwrite to make the run again."
+                )
+            delete = _existing(self.path, self._names(self.path) - new)
+            replace = sorted(_existing(self._next, new), key=lambda name: name == METRICS_FILE)
+            write_json(file, {"delete": delete, "replace": replace})
+        plan = read_record(file, _Publication, "--overwrite")
+        for name in plan.delete:
+            (self.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # only a folder of its own, and only when it is empty
+                if "/" in name:
+                    (self.path / name).parent.rmdir()
+        States(self.path / "state", 0, 1).drop()
+        for name in plan.replace:
+            if not (self._next / name).is_file():
+                continue  # it is in place already
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == METRICS_FILE:
+                sync(self.path)
+            os.replace(self._next / name, self.path / name)
+        sync(self.path)
+        remove_folder(self._next)
+
+    # files
+
+    def file(self, name: str) -> Path:
+        """Where this run writes its file `name`, which is then listed as its own."""
+        self._written.add(file_name(name))
+        return self.files / name
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write one of the run's files, atomically."""
+        write_json(self.file(name), content)
+
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]
+    ) -> None:
+        """Write one of the run's files, atomically."""
+        write_tensors(self.file(name), tensors, metadata)
+
+    def write_metrics(self, content: Mapping[str, Any]) -> None:
+        """metrics.json, which says that the run is complete, and what it has written."""
+        kept = set(_existing(self.files, {*_RECORDS})) | self._written | {METRICS_FILE}
+        self.write_json(
+            METRICS_FILE,
+            {"format_version": FORMAT_VERSION, **content, "files": sorted(kept)},
+        )
+
+    def keep_adapter_of(self, source: Path) -> None:
+        """If the run has loaded its adapter from its own folder, that is part of the run, too."""
+        if source.resolve() == self.path.resolve():
+            names = (_numbered(self.path, pattern) for pattern in self.adapter_files)
+            self._written |= set(_existing(self.path, set().union(*names)))
 
     # history
 
     def append_history(self, record: Mapping[str, Any]) -> None:
-        """Add one line to history.jsonl, in a single write."""
+        """Add one line to history.jsonl, in a single write.
+
+        Raises:
+            RunError: the disk is full.
+        """
         if self.rank != 0:
             return
-        if self._history is None:
-            self._history = open(self.path / "history.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        file = self.files / HISTORY_FILE
         try:
-            self._history.write(json.dumps(record) + "\n")
-            self._history.flush()
+            if self._history is None:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._history = os.open(file, flags, 0o666)
+            line = json.dumps(record).encode() + b"\n"
+            if os.write(self._history, line) < len(line):
+                raise OSError("there is room for a part of a line only")
         except OSError as error:
             raise RunError(
-                f"cannot write {self.path / 'history.jsonl'}: {error}. Free some space; --resume "
-                "goes on from the last state."
+                f"cannot write {file}: {error}. Free some space; --resume goes on from the last "
+                "state."
             ) from error
 
-    def cut_history(self, last_step: int) -> None:
-        """Drop what was logged after the update that a resumed run goes on from."""
-        file = self.path / "history.jsonl"
+    def _close_history(self) -> None:
+        if self._history is not None:
+            os.close(self._history)
+            self._history = None
+
+    def cut_history(self, last_step: int, evaluation_due: bool = False) -> None:
+        """Drop what was logged after the point that a resumed run goes on from.
+
+        Args:
+            last_step: the last update that counts.
+            evaluation_due: the evaluation after it will be made again.
+        """
+        file = self.files / HISTORY_FILE
         if self.rank != 0 or not file.is_file():
             return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
+
+        def counts(line: bytes) -> bool:
             try:
-                record = json.loads(line)
-            except ValueError:  # the line that the kill cut in half
-                continue
-            if record.get("step", 0) <= last_step:
-                kept.append(line + "\n")
-        write_atomically(file, lambda temporary: temporary.write_text("".join(kept), "utf-8"))
+                record = as_record(parse_json(line.decode(), "line"), _Line, "line")
+            except (UsageError, UnicodeDecodeError):  # the line that a kill has cut in half
+                return False
+            is_due = evaluation_due and record.eval is not None and record.step == last_step
+            return record.step <= last_step and not is_due
+
+        def write(temporary: Path) -> None:
+            with open(file, "rb") as old, open(temporary, "wb") as new:
+                new.writelines(line for line in old if line.endswith(b"\n") and counts(line))
+
+        write_atomically(file, write)
 
     # training state
 
     def save_state(self, step: int, state: Mapping[str, Any], barrier: Callable[[], None]) -> None:
-        """Keep the state of update `step`; then drop all but the newest `KEPT_STATES`.
+        """Keep the state of update `step`; see `States.save`."""
+        if self._history is not None:  # no state of updates that a loss of power has unwritten
+            with disk_errors(self.files / HISTORY_FILE):
+                os.fsync(self._history)
+        self.state.save(step, state, barrier)
 
-        Every process writes its own random number generators, the main one everything else. The
-        folder gets its name when all have finished, so a state that can be seen is complete.
-        """
-        temporary = self.path / "state" / f".step-{step:08d}"
-        if self.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            structure, tensors = split_tensors(state)
-            write_json(temporary / "state.json", structure)
-            write_tensors(temporary / "state.safetensors", tensors, {"step": str(step)})
-        barrier()
-        structure, tensors = split_tensors(rng_state())
-        write_json(temporary / f"rng-{self.rank}.json", structure)
-        write_tensors(temporary / f"rng-{self.rank}.safetensors", tensors, {})
-        barrier()
-        if self.rank == 0:
-            final = self.path / "state" / f"step-{step:08d}"
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            for old in self.states[:-KEPT_STATES]:
-                shutil.rmtree(old)
+    def load_state(
+        self,
+        take: Callable[[StateRecord, int], None] = lambda state, step: None,
+        agree: Callable[[bool], bool] = bool,
+        most_bytes: int = 2**40,
+    ) -> tuple[StateRecord, Callable[[], None]] | None:
+        """The newest state that can be used; see `States.load`."""
+        return self.state.load(take, agree, most_bytes)
 
-    def load_state(self) -> tuple[dict[str, Any], Callable[[], None]] | None:
-        """The newest state, and a function that puts this process's generators back; or None.
 
-        Raises:
-            UsageError: the state was made by another number of processes.
-        """
-        if not self.states:
-            return None
-        newest = self.states[-1]
-        found = len(list(newest.glob("rng-*.json")))
-        if found != self.num_processes:
-            raise UsageError(
-                f"--resume: the state in {newest} was made by {found} process(es), this run has "
-                f"{self.num_processes}; launch it with the same number."
-            )
+def _existing(folder: Path, names: set[str]) -> list[str]:
+    return sorted(name for name in names if (folder / name).is_file())
 
-        def read(name: str) -> Any:
-            structure = read_json(newest / f"{name}.json", "--resume")
-            return join_tensors(structure, read_tensors(newest / f"{name}.safetensors", "--resume"))
 
-        state, rng = read("state"), read(f"rng-{self.rank}")
-        return state, lambda: set_rng_state(rng)
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
-    def drop_states(self) -> None:
-        """A finished run needs no state."""
-        if self.rank == 0:
-            shutil.rmtree(self.path / "state", ignore_errors=True)
+
+def _numbered(folder: Path, pattern: str) -> set[str]:
+    """The files that `pattern` = "member{n}/file" stands for in `folder`; itself without `{n}`."""
+    if "{n}" not in pattern:
+        return {pattern}
+    parent, _, name = pattern.partition("/")
+    rule = re.compile(re.escape(parent).replace(re.escape("{n}"), r"\d{1,9}"))
+    return {f"{f.name}/{name}" for f in folder.glob("*/") if rule.fullmatch(f.name)}

@@ -27,7 +27,7 @@ from utils.records import (
     read_tensors_and_metadata,
 )
 from utils.report.escape import LONGEST_TEXT, shorten
-from utils.run_folder import (
+from utils.run_records import (
     ARGS_FILE,
     HISTORY_FILE,
     METRICS_FILE,

@@ -1,0 +1,1 @@
+"""What methods are made of; knows no method and no loop."""
