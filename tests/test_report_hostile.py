@@ -277,7 +277,7 @@ def test_tables_md_with_hostile_names_has_no_markup(hostile):
 
 
 def test_tables_csv_with_hostile_names_has_no_formula(hostile):
-    lines = list(csv.reader((hostile[0] / "tables.csv").open(newline="")))
+    lines = list(csv.reader((hostile[0] / "tables.csv").open(newline="", encoding="utf-8")))
     assert {len(line) for line in lines} == {len(lines[0])} and len(lines) > 500
     for cell in (cell for line in lines for cell in line):
         assert not begins_a_formula(cell) or cell.startswith("'") or float(cell) < 0
