@@ -862,7 +862,7 @@ class WrapperBase(PeftModel):
         self._track({f"final/{key}": value for key, value in metrics._asdict().items()})
         self._evaluate_shifted(temperature)
         if self.args.checkpoint:
-            for file in self.save_adapter(self.run_folder.files):
+            for file in self.save_adapter(self.run_folder.files) or ():  # an overridden one
                 self.run_folder.file(file)
         elif self.args.load_lora_path is not None:
             self.run_folder.keep_adapter_of(Path(self.args.load_lora_path))
