@@ -372,7 +372,7 @@ def test_a_run_that_the_kl_has_blown_up_blames_its_learning_rate(causal_flags):
     from utils.errors import RunError
 
     flags = [*causal_flags, "--modelwrapper", "blob", "--max-train-steps", "40", "--lr", "1e-6"]
-    with pytest.raises(RunError, match=r"[lL]ower --lr and --bayes-kllr"):
+    with pytest.raises(RunError, match=r"--lr, --bayes-kllr"):
         main.main([*flags, "--bayes-kllr", "1000", "--bayes-beta", "1e-3"])
 
 
