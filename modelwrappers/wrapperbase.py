@@ -611,13 +611,15 @@ class WrapperBase(PeftModel):
             raise RunError(
                 f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows "
                 f"{rows} of the training set, with the parameters that the update before left. "
-                f"Look at those rows, or lower {' and '.join(self.learning_rate_flags)}."
+                f"Look at those rows, or lower the learning rates "
+                f"({', '.join(self.learning_rate_flags)})."
             )
         done = self._to_floats(self.optimizer_step())
         if not all(map(math.isfinite, done.values())):
             raise RunError(
-                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower "
-                f"{' and '.join(self.learning_rate_flags)}; --resume goes on from the last state."
+                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower the "
+                f"learning rates ({', '.join(self.learning_rate_flags)}); --resume goes on from "
+                "the last state."
             )
         return totals | done
 
@@ -826,7 +828,7 @@ class WrapperBase(PeftModel):
         if broken.any():
             raise RunError(
                 f"the predictions of rows {index[broken].tolist()[:20]} are not numbers; the model "
-                f"has diverged (lower {' and '.join(self.learning_rate_flags)}) or the data type "
+                f"has diverged (lower {', '.join(self.learning_rate_flags)}) or the data type "
                 "overflows (--dtype float32)."
             )
         return Predictions(log_probs, labels, index)
@@ -862,7 +864,7 @@ class WrapperBase(PeftModel):
         self._track({f"final/{key}": value for key, value in metrics._asdict().items()})
         self._evaluate_shifted(temperature)
         if self.args.checkpoint:
-            for file in self.save_adapter(self.run_folder.files):
+            for file in self.save_adapter(self.run_folder.files) or ():  # an overridden one
                 self.run_folder.file(file)
         elif self.args.load_lora_path is not None:
             self.run_folder.keep_adapter_of(Path(self.args.load_lora_path))

@@ -40,14 +40,18 @@ def run(flags: list[str], prepare: Callable[[], None] = lambda: None, log: Path 
     return ended(start(flags, prepare, log))
 
 
-def start(flags: list[str], prepare: Callable[[], None] = lambda: None, log: Path | None = None):
+def start(
+    flags: list[str], prepare: Callable[[], None] = lambda: None, log: Path | int | None = None
+) -> int:
     """The id of a process that runs `main.run(flags)` once `prepare` has returned."""
     child = os.fork()
     if child:
         return child
     code = 99
     try:
-        output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        output = log
+        if not isinstance(log, int):
+            output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
         prepare()
@@ -169,7 +173,7 @@ def crash_points(scenario: dict, work: Path) -> dict:
         assert run(placed("base", before))[0] == 0
     elif "interrupted" in scenario:
         at = scenario["interrupted"]
-        assert run(placed("base", flags), lambda: stop_at(at))[0] == 143
+        assert run(placed("base", flags), lambda: stop_at(at - 1))[0] == 143
     if base.exists():
         for name, text in MINE.items():
             (run_path(placed("base", flags)) / name).write_text(text)
@@ -236,19 +240,40 @@ def difference(found: dict, expected: dict) -> list[str]:
     ]
 
 
-def stop_at(step: int, times: int = 1, number: int = signal.SIGTERM) -> None:
-    """Have a signal come in the middle of update `step`."""
+def stop_at(step: int, number: int = signal.SIGTERM, times: int = 1, where="_update") -> None:
+    """Have signals come where a method of the wrapper begins, at update `step`."""
     from modelwrappers.wrapperbase import WrapperBase
 
-    original = WrapperBase._update
+    original = getattr(WrapperBase, where)
 
-    def update(self, batches):
-        if self.global_step == step - 1:
+    def signalled(self, *arguments, **kwargs):
+        if self.global_step == step:
             for _ in range(times):
                 os.kill(os.getpid(), number)
-        return original(self, batches)
+        return original(self, *arguments, **kwargs)
 
-    WrapperBase._update = update
+    setattr(WrapperBase, where, signalled)
+
+
+def signals(scenario: dict, work: Path) -> dict:
+    """SIGINT and SIGTERM at every stage of a run, which is then resumed and compared.
+
+    The scenario has `cases`: name -> arguments of `stop_at`.
+    """
+    flags, found = scenario["flags"], {}
+    whole = [*flags, "--output-dir", str(work / "whole")]
+    assert run(whole)[0] == 0
+    expected = content(run_path(whole))
+    for name, arguments in scenario["cases"].items():
+        cut, log = [*flags, "--output-dir", str(work / name)], work / f"{name}.log"
+        code, killed_by = run(cut, lambda arguments=arguments: stop_at(*arguments), log)
+        folder = run_path(cut)
+        found[name] = {"code": code, "killed by": killed_by, "said": log.read_text()}
+        found[name]["states"] = [path.name for path in main.RunFolder(folder).states]
+        found[name]["files"] = sorted(content(folder))
+        found[name]["again"], _ = run([*cut, "--resume"], log=log)
+        found[name]["differs"] = difference(content(folder), expected)
+    return found
 
 
 def random_kills(scenario: dict, work: Path) -> dict:
@@ -283,44 +308,55 @@ def random_kills(scenario: dict, work: Path) -> dict:
 
 
 def full_disk(scenario: dict, work: Path) -> dict:
-    """A run beside a finished one on a disk that lets no file grow beyond some bytes, then room."""
+    """A run over a finished one while no file can grow beyond some bytes; then there is room."""
     before, flags, outcomes = scenario["before"], scenario["flags"], []
+    whole = [*flags, "--output-dir", str(work / "whole")]
+    assert run(whole)[0] == 0
+    expected = content(run_path(whole))
     for limit in scenario["limits"]:
         place = ["--output-dir", str(work / f"limit{limit}")]
         assert run([*before, *place])[0] == 0
         folder, log = run_path([*before, *place]), work / f"limit{limit}.log"
         old = bytes_of(folder)
 
-        def full(limit: int = limit) -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        def fill(limit: int = limit) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        # The log of the terminal stands in for a terminal: it must not fill up.
-        code, _ = run([*flags, *place, "--overwrite"], lambda limit=limit: full(limit), log)
-        text = log.read_text()
-        kept = bytes_of(folder) == old
-        if code == 0:
-            again = 0
-        else:
-            again, _ = run([*flags, *place, "--resume"], log=log)
-            if again == 2:
-                again, _ = run([*flags, *place, "--overwrite"], log=log)
-        outcomes.append([limit, code, kept, again, text[-3000:]])
-        outcomes[-1].append(content(folder).keys() == set(scenario.get("names", [])) or None)
+        # What the terminal gets does not go into a file, which would fill up, too.
+        reading, writing = os.pipe()
+        child = start([*flags, *place, "--overwrite"], fill, writing)
+        os.close(writing)
+        with open(reading, errors="replace") as terminal:
+            said = terminal.read()
+        code, _ = ended(child)
+        outcome = {"limit": limit, "code": code, "said": said}
+        outcome["earlier run kept"] = bytes_of(folder) == old
+        again, _ = run([*flags, *place, "--resume"], log=log)
+        if again == 2:  # there was no state to go on from
+            again, _ = run([*flags, *place, "--overwrite"], log=log)
+        outcome |= {"again": again, "differs": difference(content(folder), expected)}
+        outcomes.append(outcome)
     return {"outcomes": outcomes}
 
 
 def program() -> None:
+    """Each scenario of the JSON file in turn; their results as JSON."""
     torch.set_num_threads(1)
-    scenario = json.loads(Path(sys.argv[1]).read_text())
-    work = Path(scenario["work"])
-    work.mkdir(parents=True)
+    content = json.loads(Path(sys.argv[1]).read_text())
+    work, results = Path(content["work"]), {}
     # What the libraries import only when it is needed, once for all processes.
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
-        assert main.run([*scenario["flags"], "--output-dir", str(work / "first")]) == 0
-    kinds = {"crash_points": crash_points, "random_kills": random_kills, "full_disk": full_disk}
-    result = kinds[scenario["kind"]](scenario, work)
-    Path(sys.argv[2]).write_text(json.dumps(result))
+        for number, flags in enumerate(content["warm_up"]):
+            assert main.run([*flags, "--output-dir", str(work / f"warm-up{number}")]) == 0
+    for name, scenario in content["scenarios"].items():
+        place = work / name
+        place.mkdir(parents=True)
+        if "adapter" in scenario:
+            adapter = [*scenario["adapter"], "--output-dir", str(place / "adapter")]
+            assert run(adapter)[0] == 0
+            scenario["flags"] += ["--load-lora-path", str(run_path(adapter))]
+        results[name] = globals()[scenario["kind"]](scenario, place)
+    Path(sys.argv[2]).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_probabilities_are_averaged_not_logits(causal_flags):
 def test_a_smaller_ensemble_leaves_no_member_of_a_larger_one(causal_flags):
     for size in (3, 2):
         flags = ensemble(causal_flags, size=size)
-        main.main(flags)
+        main.main([*flags, "--overwrite"])
     folder = run_folder(flags)
     assert {p.parent.name for p in folder.glob("*/adapter_config.json")} == {"member1"}
 

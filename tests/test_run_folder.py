@@ -98,10 +98,11 @@ def test_resuming_a_finished_run_changes_nothing(causal_flags, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-def test_the_reason_of_a_failure_is_in_the_log(causal_flags, tmp_path):
-    flags = [*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(tmp_path)]
-    assert main.run(flags) == 2
-    assert "no adapter_config.json" in (run_folder(flags) / "log.txt").read_text()
+def test_the_reason_of_a_failure_is_in_the_log(causal_flags):
+    """Of a run that has begun; a call that cannot work leaves no folder."""
+    flags = [*causal_flags, "--modelwrapper", "blob", "--max-train-steps", "7"]
+    assert main.run([*flags, "--bayes-kllr", "1e25"]) == 1
+    assert "lower the learning rates" in (run_folder(flags) / "log.txt").read_text()
 
 
 def test_a_call_that_cannot_work_takes_nothing_of_an_earlier_run_away(causal_flags):
@@ -233,7 +234,7 @@ def test_a_wrong_call_exits_with_2_and_no_traceback(causal_flags):
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        ("--modelwrapper mle --model nobody/nothing", 2, "nobody/nothing"),
+        ("--modelwrapper mle --max-train-steps 1 --model nobody/nothing", 2, "nobody/nothing"),
         ("--modelwrapper nle", 2, "did you mean 'mle'"),
         ("--modelwrapper mle --dataset bbc_headline", 2, "did you mean 'bbc_"),
     ],

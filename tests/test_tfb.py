@@ -151,10 +151,11 @@ def test_quantised_bases(kind, quantization, request):
 
 
 def test_an_adapter_with_zero_b_is_an_error(causal_flags):
-    flags = [*causal_flags, "--modelwrapper", "mle", "--checkpoint"]
-    main.main(flags)
+    _, _, wrapper = build([*causal_flags, "--modelwrapper", "mle"])  # as it was initialised
+    folder = wrapper.run_folder.path
+    wrapper.save_adapter(folder)
     with pytest.raises(UsageError, match=r"B of the layer .* is zero"):
-        build([*causal_flags, "--modelwrapper", "tfb", "--load-lora-path", str(run_folder(flags))])
+        build([*causal_flags, "--modelwrapper", "tfb", "--load-lora-path", str(folder)])
 
 
 def test_a_head_with_fewer_classes_than_ranks(classifier_flags):

@@ -276,5 +276,6 @@ def test_a_classifier_is_not_evaluated_on_other_classes(classifier_flags):
     from utils.errors import UsageError
 
     flags = [*classifier_flags, "--modelwrapper", "mle", "--ood-datasets", "rte"]
+    flags += ["--max-train-steps", "1"]
     with pytest.raises(UsageError, match=r"--ood-datasets rte has the classes entailment"):
         main.main(flags)
