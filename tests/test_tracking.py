@@ -62,12 +62,12 @@ def test_a_users_own_wandb_run_is_logged_to(causal_flags):
 def test_the_process_is_named_after_the_run(causal_flags, monkeypatch):
     titles = []
     monkeypatch.setattr("setproctitle.setproctitle", titles.append)
-    main.main([*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "0"])
+    main.main([*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "1"])
     assert len(titles) == 1 and "mle" in titles[0] and "bbc_headlines" in titles[0]
 
 
 def test_args_json_says_what_made_the_run(causal_flags):
-    flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "0"]
+    flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "1"]
     main.main(flags)
     stored = json.loads((run_folder(flags) / "args.json").read_text())
     assert stored["args"]["lr"] == 1e-2
