@@ -329,13 +329,13 @@ def test_a_folder_without_an_adapter_is_an_error(causal_flags, tmp_path):
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 @pytest.mark.parametrize("kind", ["causal_flags", "classifier_flags"])
 def test_quantised_bases_train_and_are_evaluated(kind, quantization, request):
-    flags = [*request.getfixturevalue(kind), "--modelwrapper", "mle", "--max-train-steps", "15"]
+    flags = [*request.getfixturevalue(kind), "--modelwrapper", "mle", "--max-train-steps", "30"]
     _, _, wrapper = build([*flags, "--quantization", quantization])
     layers = {type(module).__name__ for module in wrapper.modules()}
     assert {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[quantization] in layers
     before = [p.detach().clone() for _, p in wrapper.trainable_parameters()]
     metrics = wrapper.fit_evaluate()
-    assert metrics.nll < 1.8
+    assert metrics.nll < 1.0, "knowing which answers occur, but not the text, costs ln 3"
     assert all(
         not torch.equal(a, b)
         for a, (_, b) in zip(before, wrapper.trainable_parameters(), strict=True)
