@@ -191,6 +191,7 @@ def test_nothing_is_downloaded_and_no_kernel_is_missed_when_help_is_asked_for(tm
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_other_messages_of_bitsandbytes_are_still_heard(tmp_path):
     script = (
         "import logging, modelwrappers, bitsandbytes\n"

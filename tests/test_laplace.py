@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -572,11 +573,25 @@ def test_an_ensemble_is_not_taken_for_an_adapter(causal_flags):
         build([*again, *causal_flags[causal_flags.index("--output-dir") :][:2]])
 
 
-@pytest.mark.parametrize("damage", ["shape", "missing", "unknown", "nan", "precision", "structure"])
-def test_factors_that_do_not_fit_are_an_error(causal_flags, damage):
-    flags = [*trained(causal_flags), "--checkpoint"]
+@pytest.fixture(scope="module")
+def stored_posterior(tiny_llama, data_dir, tmp_path_factory) -> Path:
+    """The folder of a run that has fitted a posterior."""
+    flags = ["--dataset-type", "mcdataset", "--dataset", "bbc_headlines", "--model", tiny_llama]
+    flags += ["--data-dir", data_dir, "--output-dir", str(tmp_path_factory.mktemp("out"))]
+    flags = trained([*flags, "--batch-size", "8", "--lr", "1e-2", "--nowand", "--device", "cpu"])
     main.main([*flags, "--laplace-rank", "8"])
-    folder = run_folder(flags)
+    return run_folder(flags)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("shape", "missing", "unknown", "nan", "negative", "skewed", "type"),
+        *("precision", "structure", "projection", "twice"),
+    ],
+)
+def test_factors_that_do_not_fit_are_an_error(stored_posterior, tmp_path, damage):
+    folder = Path(shutil.copytree(stored_posterior, tmp_path / "posterior"))
     file, description = folder / "laplace.safetensors", folder / "bayes_config.json"
     tensors, config = load_file(file), json.loads(description.read_text())
     if damage == "shape":
@@ -587,6 +602,16 @@ def test_factors_that_do_not_fit_are_an_error(causal_flags, damage):
         tensors["what"] = torch.ones(1)
     elif damage == "nan":
         tensors["0.1.values"][0] = math.nan
+    elif damage == "negative":
+        tensors["0.1.values"][0] = -1.0
+    elif damage == "skewed":
+        tensors["0.1.vectors"][0] += 1.0
+    elif damage == "type":
+        tensors["0.1.values"] = tensors["0.1.values"].long()
+    elif damage == "projection":
+        config["projections"][0] = "lm_head"
+    elif damage == "twice":
+        config["projections"][0] = config["projections"][1]
     elif damage == "precision":
         config["laplace"]["prior_precision"] = -1
     else:

@@ -25,7 +25,7 @@ from utils.records import (
     read_tensors,
 )
 
-many = settings(max_examples=200, deadline=None, derandomize=True)
+many = settings(max_examples=100, deadline=None, derandomize=True)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -154,7 +154,7 @@ def test_what_is_no_ordinary_file_is_an_error(tmp_path):
 # --- flags ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.sampled_from(ACTIONS), json_values)
 def test_any_stored_value_of_any_flag_keeps_the_flags_rules(action, value):
     try:
@@ -171,7 +171,7 @@ def test_any_stored_value_of_any_flag_keeps_the_flags_rules(action, value):
         assert isinstance(item, bool) == isinstance(value, bool)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.sampled_from(ACTIONS), st.data())
 def test_a_stored_value_is_what_the_command_line_gave(action, data):
     """Each value that a flag takes survives the way through args.json."""

@@ -78,7 +78,7 @@ TEXT = st.text() | st.text("`*_[]()<>&|\\#~$^{}@:;=+-'\" \t\n\r\0aw.1=＝＋−\
 FAST = settings(
     derandomize=True,
     deadline=None,
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -310,7 +310,7 @@ def test_nothing_is_written_but_the_report(hostile):
 
 
 def test_plots_take_any_name(tmp_path, recwarn):
-    for number, some in enumerate((NAMES[:10], NAMES[10:20], NAMES[20:-2], NAMES[-2:-1])):
+    for number, some in enumerate((NAMES[:-2], NAMES[-2:-1])):
         note = "".join(some)[:3000]
         folder = make_run(tmp_path, "map", name=f"run{number}", n=6, note=note)
         change_json(folder / "metrics.json", model=f"{NAMES[19]} {NAMES[26]} _")
