@@ -121,8 +121,12 @@ def run_folder_path(args) -> Path:
 
 
 def _model_folders(model: str) -> list[str]:
-    if os.path.isabs(model) or model.startswith(".") or Path(model).is_dir():
-        return [check_name(Path(model).resolve().name, "--model")]
+    local = None
+    with suppress(OSError, RuntimeError, ValueError):  # a name that no file can have
+        if os.path.isabs(model) or model.startswith(".") or Path(model).is_dir():
+            local = Path(model).resolve().name
+    if local is not None:
+        return [check_name(local, "--model")]
     parts = model.split("/")
     if len(parts) > 2:
         raise UsageError(
