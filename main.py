@@ -10,6 +10,7 @@ The path below is the whole program: flags, data, model and method, training and
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import signal
@@ -29,7 +30,7 @@ from modelwrappers import build_wrapper, get_wrapper
 from modelwrappers.sharding import check_sharding, shards_base
 from utils.args import Args, build_parser, finish, first_pass
 from utils.commit import current_commit
-from utils.errors import RunError, UsageError
+from utils.errors import RunError, UsageError, one_line
 from utils.interrupts import Interrupted, interrupts
 from utils.logging import check_tracker, init_tracker, logger, name_process, setup_logging
 from utils.metrics import Metrics
@@ -226,6 +227,28 @@ def provenance(argv: list[str] | None) -> dict[str, Any]:
     }
 
 
+def exhausted(error: BaseException) -> str | None:
+    """What there was too little of, and what can be done; None for any other error."""
+    told = one_line(str(error).partition(".")[0])[:300]
+    if isinstance(error, OSError):
+        full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        return f"the disk is full ({told}). Free some space." if error.errno in full else None
+    is_cpus = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+    if is_cpus:
+        return (
+            f"this machine's memory is full ({told or 'MemoryError'}). Lower --batch-size, "
+            "--eval-batch-size or --max-seq-len, or take a smaller --model; --resume goes on from "
+            "the last state, if there is one."
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory is full ({told}). Lower --batch-size or --eval-batch-size, or pass "
+            "--gradient-checkpointing or --quantization 4bit; --resume goes on from the last "
+            "state, if there is one."
+        )
+    return None
+
+
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
     try:
@@ -233,13 +256,10 @@ def run(argv: list[str] | None = None) -> int:
     except (UsageError, RunError) as error:
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
-    except torch.OutOfMemoryError as error:
-        logger.error(
-            "RunError: the GPU's memory is full (%s). Lower --batch-size or --eval-batch-size, or "
-            "pass --gradient-checkpointing or --quantization 4bit; --resume goes on from the last "
-            "state.",
-            str(error).partition(".")[0],
-        )
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+        if (message := exhausted(error)) is None:
+            raise
+        logger.error("RunError: %s", message)
         return RunError.exit_code
     except SystemExit:
         if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):

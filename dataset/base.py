@@ -264,9 +264,15 @@ class DatasetBase(ABC):
 
     @property
     def pad_token_id(self) -> int:
-        """What fills short rows: the end of text, where the tokenizer has no padding token."""
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return pad if pad is not None else end or 0
+        """What fills short rows: the end of text, where there is no padding token.
+
+        A padding token that was added to the tokenizer, but not to the model, is none.
+        """
+        size = self._model_size("vocab_size")
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and (size is None or token < size):
+                return token
+        return 0
 
     @cached_property
     def train_rows(self) -> list[Example]:
@@ -417,8 +423,20 @@ class DatasetBase(ABC):
     def _encoded(self, row: Row, where: str) -> tuple[Example, bool]:
         with users_code(lambda: f"{where}: {self.task.name} cannot read the row {quoted(row)}"):
             example, cut = self.encode(row)
-        self._check_tokens(example["input_ids"], where)
+        self._check_tokens(example, where)
         return example, cut
+
+    def _check_tokens(self, example: Example, where: str) -> None:
+        """A row must have tokens, and the model must know them."""
+        if not example["input_ids"]:
+            raise UsageError(f"{where}: the row's text has no tokens.")
+        for key, name in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
+            size, most = self._model_size(name), max(example.get(key, [0]))
+            if size and most >= size:  # 0: DeBERTa has no token types
+                raise UsageError(
+                    f"{where}: the tokenizer gives {key} up to {most}, but the model knows {size} "
+                    f"({name}): the tokenizer of --model {self.args.model} is that of another one."
+                )
 
     def _label(self, row: Row, where: str) -> int:
         """The row's label, which must be an index into the task's choices."""
@@ -436,17 +454,6 @@ class DatasetBase(ABC):
                 raise ValueError(f"{quoted(label)} is not between 0 and {self.num_labels - 1}")
         return label
 
-    def _check_tokens(self, tokens: list[int], where: str) -> None:
-        """A row must have tokens, and the model must know them."""
-        if not tokens:
-            raise UsageError(f"{where}: the row's text has no tokens.")
-        size = getattr(self._model_config and self._model_config.get_text_config(), "vocab_size", 0)
-        if size and not 0 <= max(tokens) < size:
-            raise UsageError(
-                f"{where}: the tokenizer gives token {max(tokens)}, but the model knows {size} "
-                f"tokens: the tokenizer of --model {self.args.model} is that of another model."
-            )
-
     @cached_property
     def _model_config(self) -> PreTrainedConfig | None:
         """What the base model says of itself; None where the model is only known to the caller."""
@@ -455,6 +462,12 @@ class DatasetBase(ABC):
             return load_config(name, self.args.trust_remote_code)
         except UsageError:  # whoever loads the model says so
             return None
+
+    def _model_size(self, name: str) -> int | None:
+        """A number of the base model's configuration, where it has it."""
+        if self._model_config is None:
+            return None
+        return getattr(self._model_config.get_text_config(), name, None)
 
     @cached_property
     def _limit(self) -> tuple[int, str]:

@@ -72,7 +72,7 @@ class BLoB(GaussianPosterior, WrapperBase):
             help="std of the prior",
         )
         group.add_argument(
-            "--bayes-kllr", type=between(0, 1_000), default=0.02, help="learning rate of the KL"
+            "--bayes-kllr", type=between(0, 1e28), default=0.02, help="learning rate of the KL"
         )
         group.add_argument(
             "--bayes-gamma", type=between(1, 1_000), default=8.0, help="of --bayes-datasetrescaling"

@@ -611,13 +611,15 @@ class WrapperBase(PeftModel):
             raise RunError(
                 f"the training loss is {totals.get('nll')} at update {self.step + 1}, on the rows "
                 f"{rows} of the training set, with the parameters that the update before left. "
-                f"Look at those rows, or lower {' and '.join(self.learning_rate_flags)}."
+                f"Look at those rows, or lower the learning rates "
+                f"({', '.join(self.learning_rate_flags)})."
             )
         done = self._to_floats(self.optimizer_step())
         if not all(map(math.isfinite, done.values())):
             raise RunError(
-                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower "
-                f"{' and '.join(self.learning_rate_flags)}; --resume goes on from the last state."
+                f"update {self.step + 1} gave {done}: the optimizers have diverged. Lower the "
+                f"learning rates ({', '.join(self.learning_rate_flags)}); --resume goes on from "
+                "the last state."
             )
         return totals | done
 
@@ -826,7 +828,7 @@ class WrapperBase(PeftModel):
         if broken.any():
             raise RunError(
                 f"the predictions of rows {index[broken].tolist()[:20]} are not numbers; the model "
-                f"has diverged (lower {' and '.join(self.learning_rate_flags)}) or the data type "
+                f"has diverged (lower {', '.join(self.learning_rate_flags)}) or the data type "
                 "overflows (--dtype float32)."
             )
         return Predictions(log_probs, labels, index)
@@ -1080,6 +1082,9 @@ class WrapperBase(PeftModel):
         return tensors
 
 
+# --- small helpers -------------------------------------------------------------------------------
+
+
 def _padded_on_the_left(inputs: Batch) -> Batch:
     """Every row moved to the right by the padding behind its last token."""
     mask = inputs["attention_mask"]
@@ -1092,9 +1097,6 @@ def _padded_on_the_left(inputs: Batch) -> Batch:
         key: value.gather(-1, source) if value.shape == mask.shape else value
         for key, value in inputs.items()
     }
-
-
-# --- small helpers -------------------------------------------------------------------------------
 
 
 def _with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from main import parse_args
 from utils.errors import UsageError
@@ -371,5 +372,37 @@ def test_a_run_that_the_kl_has_blown_up_blames_its_learning_rate(causal_flags):
     from utils.errors import RunError
 
     flags = [*causal_flags, "--modelwrapper", "blob", "--max-train-steps", "40", "--lr", "1e-6"]
-    with pytest.raises(RunError, match=r"[lL]ower --lr and --bayes-kllr"):
+    with pytest.raises(RunError, match=r"--lr, --bayes-kllr"):
         main.main([*flags, "--bayes-kllr", "1000", "--bayes-beta", "1e-3"])
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "this machine's memory is full"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "this machine's memory"),
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "the GPU's memory"),
+    ],
+    ids=["python", "cpu", "disk", "gpu"],
+)
+def test_what_was_exhausted_is_named(error, words, monkeypatch):
+    import main
+
+    def fails(argv):
+        raise error
+
+    monkeypatch.setattr(main, "main", fails)
+    assert main.run([]) == 1
+    assert words in main.exhausted(error)
+
+
+def test_another_error_keeps_its_traceback(monkeypatch):
+    import main
+
+    def fails(argv):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(main, "main", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main.run([])

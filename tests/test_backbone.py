@@ -63,9 +63,11 @@ def make(model_type: str, settings: dict, folder: Path, auto) -> str:
 def build_model(model: str, kind: str, *flags: str):
     dataset_type = {"causallm": "mcdataset", "seqcls": "bertds"}[kind]
     args = main.parse_args(
-        f"--dataset-type {dataset_type} --dataset bbc_headlines --model {model} "
-        "--modelwrapper mle".split()
-        + list(flags)
+        [
+            *f"--dataset-type {dataset_type} --dataset bbc_headlines --modelwrapper mle".split(),
+            *("--model", model),
+            *flags,
+        ]
     )
     loaded = backbone.load_model(args, 5, torch.device("cpu"))
     return loaded, backbone.lora_config(args, loaded)
@@ -176,8 +178,11 @@ def test_deberta_draws_are_true_draws(tmp_path, draws):
     }
     folder = make("deberta-v2", settings, tmp_path, AutoModelForSequenceClassification)
     args = main.parse_args(
-        f"--dataset-type bertds --dataset bbc_headlines --model {folder} --modelwrapper blob "
-        "--bayes-eps 0.5 --flipout none --eval-batch-size 64".split()
+        [
+            *["--dataset-type", "bertds", "--dataset", "bbc_headlines", "--modelwrapper", "blob"],
+            *["--bayes-eps", "0.5", "--flipout", "none", "--eval-batch-size", "64"],
+            *("--model", folder),
+        ]
     )
     model = backbone.load_model(args, 5, torch.device("cpu"))
     wrapper = BLoB(model, backbone.lora_config(args, model), args, Accelerator(cpu=True)).eval()

@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from dataset.base import load_tokenizer
 from modelwrappers import backbone
 from utils.base_model import load_config, num_positions
 from utils.errors import RunError, UsageError
+
+LOADS = SimpleNamespace(load_model_path=None, use_slow_tokenizer=False, trust_remote_code=False)
 
 
 @pytest.fixture(autouse=True)
@@ -231,8 +234,22 @@ def test_a_tokenizer_of_another_model_is_found_out(folder, data_dir):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     flags = ["--dataset-type", "mcdataset", "--dataset", "bbc_headlines", "--model", str(folder)]
     flags += ["--modelwrapper", "mle", "--data-dir", data_dir, "--device", "cpu", "--nowand"]
-    with pytest.raises(UsageError, match="the model knows 100 tokens"):
+    with pytest.raises(UsageError, match=r"the model knows 100 \(vocab_size\)"):
         build([*flags, "--output-dir", str(folder.parent / "out")])
+
+
+def test_a_padding_token_that_the_model_lacks_is_not_used(encoder, data_dir):
+    """As where somebody added one to the tokenizer, and nothing to the model."""
+    size = json.loads((encoder / "config.json").read_text())["vocab_size"]
+    tokenizer = load_tokenizer(SimpleNamespace(**vars(LOADS), model=str(encoder)))
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    assert tokenizer.pad_token_id == size
+    tokenizer.save_pretrained(encoder)
+    flags = ["--dataset-type", "bertds", "--dataset", "bbc_headlines", "--model", str(encoder)]
+    flags += ["--modelwrapper", "mle", "--data-dir", data_dir, "--device", "cpu", "--nowand"]
+    _, dataset, wrapper = build([*flags, "--output-dir", str(encoder.parent / "out")])
+    assert dataset.pad_token_id < size
+    assert len(wrapper.predict(dataset.test_dataloader).labels) == 37
 
 
 # --- rows that a user's own loader pads ----------------------------------------------------------

@@ -55,12 +55,22 @@ def reference_wrapper(tmp_path, monkeypatch):
     """The reference's run on the real loop; Gaussian noise is 0, so signs do not matter."""
     settings = json.loads((REFERENCE / "config.json").read_text())
     args = main.parse_args(
-        f"--dataset-type mcdataset --dataset bbc_headlines --model {REFERENCE / 'base'} "
-        f"--modelwrapper blob --output-dir {tmp_path} --nowand --device cpu --save-per-steps 0 "
-        f"--max-train-steps {settings['max_train_steps']} --early-stop-steps 28 --eval-per-steps 0 "
-        f"--batch-size {settings['batch_size']} --lr {settings['lr']} --warmup-ratio 0.1 "
-        f"--bayes-kllr {settings['bayes_kllr']} --bayes-beta {settings['bayes_beta']} "
-        "--bayes-klreweighting".split()
+        [
+            *(
+                "--dataset-type",
+                "mcdataset",
+                "--dataset",
+                "bbc_headlines",
+                "--modelwrapper",
+                "blob",
+            ),
+            *("--model", str(REFERENCE / "base"), "--output-dir", str(tmp_path), "--nowand"),
+            *("--device", "cpu", "--save-per-steps", "0", "--eval-per-steps", "0"),
+            *("--max-train-steps", str(settings["max_train_steps"]), "--early-stop-steps", "28"),
+            *("--batch-size", str(settings["batch_size"]), "--lr", str(settings["lr"])),
+            *("--bayes-kllr", str(settings["bayes_kllr"]), "--warmup-ratio", "0.1"),
+            *("--bayes-beta", str(settings["bayes_beta"]), "--bayes-klreweighting"),
+        ]
     )
     accelerator = main.build_accelerator(args)
     model = backbone.load_model(args, 3, accelerator.device)
@@ -325,10 +335,19 @@ def test_a_published_adapter_loads_with_its_posterior(tmp_path):
 
 def _reference_flags(tmp_path, *more):
     args = main.parse_args(
-        f"--dataset-type mcdataset --dataset bbc_headlines --model {REFERENCE / 'base'} "
-        f"--modelwrapper blob --output-dir {tmp_path} --nowand --device cpu "
-        f"--load-lora-path {REFERENCE / 'adapter'}".split()
-        + list(more)
+        [
+            *[
+                "--dataset-type",
+                "mcdataset",
+                "--dataset",
+                "bbc_headlines",
+                "--modelwrapper",
+                "blob",
+            ],
+            *("--model", str(REFERENCE / "base"), "--load-lora-path", str(REFERENCE / "adapter")),
+            *("--output-dir", str(tmp_path), "--nowand", "--device", "cpu"),
+            *more,
+        ]
     )
     return args, backbone.load_model(args, 3, torch.device("cpu"))
 

@@ -32,9 +32,11 @@ def accelerator(rank: int = 0, num_processes: int = 1) -> SimpleNamespace:
 
 def multiple_choice(model: str, folder, *flags: str, task: str = "bbc_headlines") -> MultipleChoice:
     args = parse_args(
-        f"--dataset-type mcdataset --dataset {task} --model {model} --modelwrapper mle "
-        f"--data-dir {folder} --batch-size 8".split()
-        + list(flags)
+        [
+            *("--dataset-type", "mcdataset", "--dataset", task, "--model", model),
+            *("--modelwrapper", "mle", "--data-dir", str(folder), "--batch-size", "8"),
+            *flags,
+        ]
     )
     return MultipleChoice(args, accelerator())
 
@@ -135,8 +137,10 @@ def test_sentence_pairs_carry_token_types_where_the_tokenizer_makes_them(tiny_be
     rows = [{"sentence1": "bank profit", "sentence2": "the goal", "label": 1}]
     write_jsonl(tmp_path / "train.jsonl", rows)
     args = parse_args(
-        f"--dataset-type bertds --dataset rte --model {tiny_bert} --modelwrapper mle "
-        f"--data-dir {tmp_path}".split()
+        [
+            *["--dataset-type", "bertds", "--dataset", "rte", "--modelwrapper", "mle"],
+            *("--model", tiny_bert, "--data-dir", str(tmp_path)),
+        ]
     )
     row = SequenceClassification(args, accelerator()).train_rows[0]
     assert len(row["input_ids"]) == 2 + 2 + 3
@@ -217,8 +221,10 @@ def test_a_users_file_that_cannot_be_imported_is_an_error(tiny_llama, tmp_path):
 
 def test_padding_to_the_longest_keeps_to_what_an_encoder_takes(tiny_bert, data_dir):
     args = parse_args(
-        f"--dataset-type bertds --dataset bbc_headlines --model {tiny_bert} --modelwrapper mle "
-        f"--data-dir {data_dir} --pad-to-max-length".split()
+        [
+            *["--dataset-type", "bertds", "--dataset", "bbc_headlines", "--modelwrapper", "mle"],
+            *("--model", tiny_bert, "--data-dir", data_dir, "--pad-to-max-length"),
+        ]
     )
     loader = SequenceClassification(args, accelerator()).test_dataloader
     assert next(iter(loader))["input_ids"].shape[1] == 64, "model_max_length"
@@ -278,7 +284,10 @@ def test_unknown_data_set_suggests_the_nearest(tiny_llama, tmp_path):
 
 def test_without_network_the_message_names_the_alternatives(tiny_llama):
     args = parse_args(
-        f"--dataset-type mcdataset --dataset obqa --model {tiny_llama} --modelwrapper mle".split()
+        [
+            *["--dataset-type", "mcdataset", "--dataset", "obqa", "--modelwrapper", "mle"],
+            *("--model", tiny_llama),
+        ]
     )
     with pytest.raises(
         UsageError, match=r"allenai/openbookqa.*\n.*--data-dir.*train.jsonl.*bbc_headlines"
@@ -359,8 +368,11 @@ def test_shifted_data_in_the_same_run_are_read_with_the_same_answers(tiny_llama,
 
 def test_a_classifier_cannot_take_other_classes(tiny_bert, tmp_path):
     args = parse_args(
-        f"--dataset-type bertds --dataset rte --model {tiny_bert} --modelwrapper mle "
-        f"--data-dir {tmp_path} --ood-ori-dataset bbc_headlines".split()
+        [
+            *["--dataset-type", "bertds", "--dataset", "rte", "--modelwrapper", "mle"],
+            *("--model", tiny_bert, "--data-dir", str(tmp_path)),
+            *("--ood-ori-dataset", "bbc_headlines"),
+        ]
     )
     with pytest.raises(UsageError, match="cannot change its classes"):
         SequenceClassification(args, accelerator())
@@ -533,9 +545,11 @@ def test_a_missing_number_of_parquet_is_missing(tiny_bert, tmp_path):
 
 def classifier(model: str, folder, *flags: str, task: str = "bbc_headlines"):
     args = parse_args(
-        f"--dataset-type bertds --dataset {task} --model {model} --modelwrapper mle "
-        f"--data-dir {folder}".split()
-        + list(flags)
+        [
+            *("--dataset-type", "bertds", "--dataset", task, "--model", model),
+            *("--modelwrapper", "mle", "--data-dir", str(folder)),
+            *flags,
+        ]
     )
     return SequenceClassification(args, accelerator())
 
@@ -810,18 +824,18 @@ def test_a_classifier_reads_sentences_and_nothing_else(
 def test_a_source_of_a_users_own_gives_rows(tiny_llama, tmp_path):
     source = "type('S', (), {'rows': lambda self, split: [('here', %s)]})()"
     row = "{'text': 'a', 'topic': 'tech'}"
-    flags = f"--dataset-type mcdataset --model {tiny_llama} --modelwrapper mle --dataset"
+    flags = ["--dataset-type", "mcdataset", "--model", tiny_llama, "--modelwrapper", "mle"]
 
     def dataset(row: str) -> MultipleChoice:
         task = own_task(tmp_path, f"source={source % row}")
-        return MultipleChoice(parse_args([*flags.split(), task]), accelerator())
+        return MultipleChoice(parse_args([*flags, "--dataset", task]), accelerator())
 
     assert dataset(row).num_samples == 1
     with pytest.raises(UsageError, match="here: a row must be an object, but is str"):
         _ = dataset("'text'").train_rows
     task = own_task(tmp_path, "source=None")
     with pytest.raises(UsageError, match="names no source of its rows; pass --data-dir"):
-        _ = MultipleChoice(parse_args([*flags.split(), task]), accelerator()).train_rows
+        _ = MultipleChoice(parse_args([*flags, "--dataset", task]), accelerator()).train_rows
 
 
 # --- names that would share a block of metrics.json -----------------------------------------------

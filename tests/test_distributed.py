@@ -52,11 +52,11 @@ def flags_of(
 ) -> list[str]:
     name = name or f"{kind}-{processes}"
     flags = [
-        *f"--dataset bbc_headlines --model {models[kind]} --modelwrapper {method}".split(),
+        *("--dataset", "bbc_headlines", "--model", models[kind], "--modelwrapper", method),
         *f"--dataset-type {'bertds' if kind == 'bertds' else 'mcdataset'} {COMMON}".split(),
         *(METHODS | POST_HOC)[method].split(),
         *f"--batch-size {8 // processes}".split(),
-        *f"--data-dir {data} --output-dir {root} --log-path {name}".split(),
+        *("--data-dir", data, "--output-dir", str(root), "--log-path", name),
     ]
     if method in POST_HOC:
         source = flags_of(kind, "map", 2, root, models, data, name if "fsdp" in name else "")

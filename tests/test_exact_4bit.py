@@ -178,7 +178,7 @@ def run_on_such_a_cpu(folder: Path, *command: str) -> subprocess.CompletedProces
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

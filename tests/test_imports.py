@@ -38,7 +38,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_rooms_import_only_whom_they_may(file):
     room = file.relative_to(ROOT).parts[0].removesuffix(".py")
-    for name in imported_modules(ast.parse(file.read_text())):
+    for name in imported_modules(ast.parse(file.read_text(encoding="utf-8"))):
         other = name.split(".")[0]
         if other in {*ROOMS, "main"} and other != room:
             assert other in ALLOWED[room], f"{file} imports {name}"
@@ -51,7 +51,7 @@ def test_methods_never_import_one_another(file):
     methods = {f.stem for f in (ROOT / "modelwrappers").glob("*.py")} - NOT_METHODS
     if file.stem == "__init__":
         return
-    for name in imported_modules(ast.parse(file.read_text())):
+    for name in imported_modules(ast.parse(file.read_text(encoding="utf-8"))):
         parts = name.split(".")
         if parts[0] == "modelwrappers" and len(parts) > 1 and parts[1] != file.stem:
             assert parts[1] not in methods, f"{file} imports the method {name}"
@@ -62,7 +62,7 @@ def test_heavy_optional_libraries_are_imported_where_they_are_used(file):
     top_level = ast.Module(
         [
             node
-            for node in ast.parse(file.read_text()).body
+            for node in ast.parse(file.read_text(encoding="utf-8")).body
             if isinstance(node, ast.Import | ast.ImportFrom)
         ],
         [],

@@ -15,6 +15,9 @@ FLAGS = {
     "deepensemble": ["--ensemble-n", "2"],
     "laplace": ["--laplace-rank", "8"],
 }
+# Of five answers three occur: knowing nothing costs ln 5 = 1.61 nats, knowing their frequencies but
+# not the text ln 3 = 1.10. Wide posteriors, on purpose or by few rows, stay near that.
+LEARNED = dict.fromkeys(FLAGS, 1.0) | {"blob": 1.3, "laplace": 1.3}
 # They train nothing: tests/test_tfb.py sends them through the same cells on a trained adapter.
 POST_HOC = {"tfb", "tfblora", "tfblora_acc"}
 QUANTIZATION = ("none", "8bit", "4bit")
@@ -43,11 +46,12 @@ def cell(request):
 )
 def test_method(cell):
     """Fits; only adapter and head move; saved and loaded it predicts the same; draws and mean."""
-    trained = [*cell, "--max-train-steps", "4", "--checkpoint"]
+    trained = [*cell, "--max-train-steps", "30", "--checkpoint"]
     _, dataset, wrapper = build(trained)
     before = {name: p.detach().clone() for name, p in wrapper.named_parameters()}
     metrics = wrapper.fit_evaluate()
-    assert metrics.nll < 3 and 0 <= metrics.ece <= 1
+    assert metrics.nll < LEARNED[cell[cell.index("--modelwrapper") + 1]]
+    assert 0 <= metrics.ece <= 1
     moved = {n for n, p in wrapper.named_parameters() if not torch.equal(p, before[n])}
     trainable = {name for name, _ in wrapper.state_parameters()}
     assert moved == trainable

@@ -122,7 +122,7 @@ def test_one_command_leaves_tables_plots_and_a_page(written):
 
 
 def test_the_page_stands_alone_and_names_what_made_it(written):
-    text = (written[0] / "report.html").read_text()
+    text = (written[0] / "report.html").read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
     assert sources and all(source.startswith(("#", "data:image/png;base64,")) for source in sources)
     assert "http://" not in text and "https://" not in text
@@ -133,7 +133,7 @@ def test_the_page_stands_alone_and_names_what_made_it(written):
 
 
 def test_captions_say_of_what_they_are(written):
-    text = (written[0] / "report.html").read_text()
+    text = (written[0] / "report.html").read_text(encoding="utf-8")
     alts = re.findall(r'<img alt="([^"]*)"', text)
     assert len(alts) == len(set(alts)) and "None updates" not in text
     assert sum("(val), m: 150 examples" in alt for alt in alts) >= 4
@@ -167,7 +167,7 @@ def test_the_page_works_in_a_real_browser(written, tmp_path):
         [...document.images].every(i => i.complete && i.naturalWidth > 0);
       </script></body>"""
     page = tmp_path / "probed.html"
-    text = (written[0] / "report.html").read_text()
+    text = (written[0] / "report.html").read_text(encoding="utf-8")
     page.write_text(text.replace("</body>", probe))
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
     flags += "--disable-background-networking --disable-component-update --disable-sync "

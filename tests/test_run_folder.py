@@ -701,7 +701,7 @@ def test_nothing_is_ever_unpickled():
         ROOT / "main.py",
         *(f for d in ("utils", "dataset", "modelwrappers") for f in (ROOT / d).rglob("*.py")),
     ]:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         assert "torch.load" not in text and "import pickle" not in text, file
 
 

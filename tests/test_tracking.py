@@ -1,11 +1,21 @@
-"""Trackers record without asking; the process has a name."""
+"""Trackers record without asking; the process has a name; what is logged is text."""
 
+import io
 import json
+import logging
+import os
+import re
+import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import main
+from utils.logging import _Formatter, init_tracker, logger, name_process, setup_logging
 
 
 def test_tensorboard_gets_losses_and_final_metrics(causal_flags):
@@ -64,3 +74,132 @@ def test_args_json_says_what_made_the_run(causal_flags):
     known = {"command", "commit", "host", "started", "python", "libraries", "num_processes"}
     assert set(stored["run"]) == known
     assert stored["run"]["libraries"]["peft"]
+
+
+# --- what the terminal and log.txt say ------------------------------------------------------------
+
+HOSTILE = "a\nUsageError: forged\x1b[2J\r\u202e\ud800\0"
+
+
+@pytest.fixture
+def logged(tmp_path, capsys):
+    """Log a message with arguments; gives (standard output, log.txt)."""
+
+    def log(message, *values):
+        setup_logging(True)
+        setup_logging(True, tmp_path / "log.txt")
+        logger.info(message, *values)
+        setup_logging(True)
+        return capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+
+    return log
+
+
+def test_a_logged_name_can_neither_forge_a_record_nor_move_the_cursor(logged):
+    for text in logged("%s on %s: ACC 1", HOSTILE, HOSTILE):
+        assert not re.search(r"[\x1b\r\0\u202e\ud800]", text) and r"\x1b[2J" in text
+        assert text.count("\n") == 3, "two breaks of the names, and the record's end"
+        assert [line[:2] == "  " for line in text.splitlines()] == [False, True, True]
+
+
+def test_messages_of_several_lines_stay_so(logged):
+    terminal, _ = logged("first\nsecond")
+    assert terminal == "first\n  second\n"
+
+
+@given(st.text())
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_any_text_is_one_record_of_printable_lines(text):
+    first, *others = (
+        _Formatter("%(message)s")
+        .format(logging.LogRecord("a", logging.INFO, "b", 1, "%s", (text,), None))
+        .split("\n")
+    )
+    assert all(line.startswith("  ") for line in others)
+    for character in first + "".join(others):
+        assert character == "\t" or unicodedata.category(character) not in {"Cc", "Cf", "Cs"}
+
+
+def test_a_terminal_of_few_letters_shows_the_rest_as_numbers(monkeypatch, capsys):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    setup_logging(True)
+    logger.info("0.5 ± 0.1")
+    written = raw.getvalue()
+    monkeypatch.undo()
+    setup_logging(True)
+    assert written == b"0.5 \\xb1 0.1\n" and not capsys.readouterr().err
+
+
+def test_setting_up_again_leaves_no_handler_and_no_open_file(tmp_path):
+    setup_logging(True)
+    before = len(logger.handlers)
+    for number in range(5):
+        setup_logging(True, tmp_path / f"{number}.txt")
+    open_files = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()}
+    assert [name for name in open_files if str(tmp_path) in name] == [str(tmp_path / "4.txt")]
+    setup_logging(True)
+    assert len(logger.handlers) == before
+
+
+def test_what_is_remembered_for_a_log_file_has_an_end(monkeypatch, capsys):
+    monkeypatch.setattr("utils.logging.MOST_KEPT", 3)
+    setup_logging(True)
+    for number in range(9):
+        logger.info(number)
+    (memory,) = [h for h in logger.handlers if hasattr(h, "records")]
+    assert [record.msg for record in memory.records] == [0, 1, 2]
+    setup_logging(True)
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "a\nb", "x" * 100_000])
+def test_a_process_has_a_name_whatever_the_model_is_called(name, monkeypatch):
+    titles = []
+    monkeypatch.setattr("setproctitle.setproctitle", titles.append)
+    name_process(SimpleNamespace(modelwrapper="mle", model=name, dataset="d"))
+    (title,) = titles
+    assert title.isprintable() and len(title) < 300
+    title.encode()
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        *(("--wandb-project", value) for value in ("a/b", "a:b", "p" * 129, "a\nb", "100%")),
+        *(("--wandb-name", value) for value in ("n" * 129, "\ud800", "\0", "\x1b[2J")),
+        ("--wandb-entity", "e" * 129),
+    ],
+)
+def test_a_name_that_wandb_refuses_is_refused_before_the_model_is_read(
+    causal_flags, monkeypatch, capsys, flag, value
+):
+    monkeypatch.setattr(main, "build_wrapper", None)
+    flags = [name for name in causal_flags if name != "--nowand"]
+    assert main.run([*flags, "--modelwrapper", "mle", "--tracker", "wandb", flag, value]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"UsageError: {flag} is ") and err.count("\n") == 1 and len(err) < 400
+    assert not run_folder([*causal_flags, "--modelwrapper", "mle"]).exists()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_trackers_take_whatever_flags_and_folders_are_called(tracker, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    folder = tmp_path / ("x" * 200)
+    folder.mkdir()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    accelerator = Accelerator(cpu=True, log_with=tracker, project_dir=folder)
+    flags = {"note": HOSTILE, "other": "y" * 10_000, "lr": 0.1, "seeds": [1, HOSTILE]}
+    args = SimpleNamespace(
+        tracker=tracker,
+        wandb_entity=None,
+        wandb_project="p",
+        wandb_name="",
+        as_dict=lambda: flags,
+    )
+    init_tracker(accelerator, args, folder)
+    accelerator.log({"a": 1.0}, step=1)
+    accelerator.end_training()
+    assert [file for file in folder.rglob("*") if file.is_file()]
