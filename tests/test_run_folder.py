@@ -393,6 +393,22 @@ def test_a_run_does_not_lie_in_another_runs_folder(causal_flags):
     with pytest.raises(UsageError, match="lies in the folder of another run"):
         main.main([*flags, "--output-dir", str(folder)])
     assert files(folder) == before
+    # nor does another run come to lie around it: here a model and a data set have one name
+    outer = RunFolder(folder.parent)
+    with pytest.raises(UsageError, match=r"the folder of another run, .*default, lies in"):
+        outer.open(main.parse_args(flags))
+
+
+def test_what_a_killed_process_was_writing_is_swept(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "1"]
+    folder = run_folder(flags)
+    for name in (".args.json.17.tmp/args.json", ".log.txt.17.tmp", ".adapter/README.md", ".lock"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("half")
+    (folder / ".mine.txt.17.tmp").write_text("mine")
+    main.main(flags)
+    hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert hidden == [".mine.txt.17.tmp"]
 
 
 # --- states -------------------------------------------------------------------------------------

@@ -284,6 +284,7 @@ class RunFolder:
                 )
         if self.path.is_dir() and not (self.path / ARGS_FILE).is_file():
             inside = [child for child in self.path.iterdir() if (child / ARGS_FILE).is_file()]
+            inside = [child for child in inside if not child.name.startswith(".")]  # not our own
             if inside:
                 raise UsageError(
                     f"the folder of another run, {inside[0]}, lies in {self.path}; choose another "
