@@ -36,9 +36,24 @@ def suffer(tmp_path, scenarios: dict[str, dict], warm_up: list[list[str]]) -> di
     return json.loads(result.read_text())
 
 
+@pytest.fixture(scope="module")
+def flags(tiny_llama, data_dir) -> list[str]:
+    """As `causal_flags`; each run gets an --output-dir of its own."""
+    return [
+        *("--dataset-type", "mcdataset", "--dataset", "bbc_headlines", "--model", tiny_llama),
+        *("--data-dir", data_dir, "--lr", "1e-2", "--nowand", "--device", "cpu"),
+    ]
+
+
 def method(flags: list[str], name: str) -> list[str]:
-    at = flags.index("--output-dir")  # each run gets its own
-    return [*flags[:at], *flags[at + 2 :], *SHORT, "--modelwrapper", name, *METHODS[name]]
+    return [*flags, *SHORT, "--modelwrapper", name, *METHODS[name]]
+
+
+@pytest.fixture(scope="module")
+def found(flags, tmp_path_factory) -> dict[str, dict]:
+    """Everything of the default tier, in one go: starting Python and torch takes longest."""
+    scenarios = crash_points(flags, sample=3) | signals(flags) | {"full disk": full_disk(flags)}
+    return suffer(tmp_path_factory.mktemp("deaths"), scenarios, [method(flags, "map")])
 
 
 # --- death before a change of the file system ---------------------------------------------------
@@ -61,20 +76,18 @@ def crash_points(flags: list[str], **extra) -> dict[str, dict]:
     }
 
 
-def test_death_before_a_change_of_the_file_system_costs_nothing(causal_flags, tmp_path):
+@pytest.mark.parametrize("name", POINTS)
+def test_death_before_a_change_of_the_file_system_costs_nothing(name, found):
     """At three points of each scenario; the slow tier tries them all."""
-    found = suffer(tmp_path, crash_points(causal_flags, sample=3), [method(causal_flags, "map")])
-    assert set(found) == set(POINTS)
-    for name, outcome in found.items():
-        assert outcome["tried"] >= 3, name
-        assert outcome["failures"] == [], name
+    assert found[name]["tried"] >= 3
+    assert found[name]["failures"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POINTS)
-def test_death_before_any_change_of_the_file_system_costs_nothing(name, causal_flags, tmp_path):
-    scenario = crash_points(causal_flags)[name]
-    found = suffer(tmp_path, {name: scenario}, [method(causal_flags, "map")])[name]
+def test_death_before_any_change_of_the_file_system_costs_nothing(name, flags, tmp_path):
+    scenario = crash_points(flags)[name]
+    found = suffer(tmp_path, {name: scenario}, [method(flags, "map")])[name]
     print(f"{name}: died before each of {found['tried']} changes")
     assert found["tried"] == found["changes"]
     assert found["failures"] == []
@@ -84,18 +97,18 @@ def test_death_before_any_change_of_the_file_system_costs_nothing(name, causal_f
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_at_random_moments_of_every_method_cost_nothing(causal_flags, tmp_path):
+def test_a_hundred_kills_at_random_moments_of_every_method_cost_nothing(flags, tmp_path):
     scenarios = {
         name: {
             "kind": "random_kills",
-            "flags": method(causal_flags, name),
+            "flags": method(flags, name),
             "seed": number,
             "kills": 17,
         }
         for number, name in enumerate(METHODS)
     }
-    scenarios["tfb"]["adapter"] = method(causal_flags, "map")
-    warm_up = [method(causal_flags, name) for name in TRAINED]
+    scenarios["tfb"]["adapter"] = method(flags, "map")
+    warm_up = [method(flags, name) for name in TRAINED]
     found = suffer(tmp_path, scenarios, warm_up)
     for name, outcome in found.items():
         print(f"{name}: {outcome['kills']} kills of {outcome['runs']} runs")
@@ -106,62 +119,67 @@ def test_a_hundred_kills_at_random_moments_of_every_method_cost_nothing(causal_f
 # --- signals ------------------------------------------------------------------------------------
 
 INT, TERM = 2, 15
+# name: arguments of `stop_at`, and the states that are there then
+SIGNALS = {
+    "INT in an update": ((2, INT), [3]),
+    "TERM in an update": ((2, TERM), [3]),
+    "INT twice in an update": ((2, INT, 2), []),
+    "INT in an evaluation while training": ((2, INT, 1, "predict"), [2]),
+    "TERM in the last evaluation": ((5, TERM, 1, "predict"), [5]),
+    "TERM while results are written": ((5, TERM, 1, "_write_predictions"), [5]),
+    "INT while loading": ((0, INT, 1, "prepare_for_fit_evaluate"), []),
+    # of an ensemble: the end of the first member, and the second update of the second one
+    "TERM in the second member": ((4, TERM), [3, 5]),
+}
 
 
-def test_a_signal_keeps_a_state_and_a_second_one_ends_at_once(causal_flags, tmp_path):
-    """Without regular states; each run is resumed and compared with one that was left alone."""
-    flags = [*method(causal_flags, "map"), "--save-per-steps", "0"]
-    ensemble = [*method(causal_flags, "deepensemble"), "--save-per-steps", "0"]
-    cases = {
-        "INT in an update": (2, INT),
-        "TERM in an update": (2, TERM),
-        "INT twice in an update": (2, INT, 2),
-        "INT in an evaluation while training": (2, INT, 1, "predict"),
-        "TERM in the last evaluation": (5, TERM, 1, "predict"),
-        "TERM while results are written": (5, TERM, 1, "_write_predictions"),
-        "INT while loading": (0, INT, 1, "prepare_for_fit_evaluate"),
+def signals(flags: list[str]) -> dict[str, dict]:
+    """Without regular states."""
+    methods = {"deepensemble": ["TERM in the second member"]}
+    methods["map"] = [name for name in SIGNALS if name not in methods["deepensemble"]]
+    return {
+        f"signals {kind}": {
+            "kind": "signals",
+            "flags": [*method(flags, kind), "--save-per-steps", "0"],
+            "cases": {name: SIGNALS[name][0] for name in names},
+        }
+        for kind, names in methods.items()
     }
-    scenarios = {
-        "map": {"kind": "signals", "flags": flags, "cases": cases},
-        "ensemble": {"kind": "signals", "flags": ensemble, "cases": {"second": (4, TERM)}},
-    }
-    both = suffer(tmp_path, scenarios, [flags])
-    found = both["map"] | {"in the second member": both["ensemble"]["second"]}
-    states = {
-        "INT in an update": ["step-00000003"],
-        "TERM in an update": ["step-00000003"],
-        "INT twice in an update": [],
-        "INT in an evaluation while training": ["step-00000002"],
-        "TERM in the last evaluation": ["step-00000005"],
-        "TERM while results are written": ["step-00000005"],
-        "INT while loading": [],
-        # the state of the first member's end, and that of the second one's second update
-        "in the second member": ["step-00000003", "step-00000005"],
-    }
-    assert set(found) == set(states)
-    for name, outcome in found.items():
-        assert outcome["code"] == (130 if "INT" in name else 143), name
-        assert outcome["killed by"] is None and "Traceback" not in outcome["said"], name
-        assert outcome["states"] == states[name], name
-        promised = "run the same command with --resume" in outcome["said"]
-        assert promised == bool(states[name]), name
-        assert outcome["again"] == 0 and outcome["differs"] == [], name
-    assert found["INT while loading"]["files"] == []
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_keeps_a_state_and_a_second_one_ends_at_once(name, found):
+    """Each run is resumed and compared with one that was left alone."""
+    outcome = (found["signals map"] | found["signals deepensemble"])[name]
+    states = [f"step-{step:08d}" for step in SIGNALS[name][1]]
+    assert outcome["code"] == (130 if "INT" in name else 143)
+    assert outcome["killed by"] is None and "Traceback" not in outcome["said"]
+    assert outcome["states"] == states
+    assert ("run the same command with --resume" in outcome["said"]) == bool(states)
+    assert (outcome["files"] == []) == (name == "INT while loading")
+    assert outcome["again"] == 0 and outcome["differs"] == []
 
 
 # --- a full disk --------------------------------------------------------------------------------
 
+# bytes that a file can have: what does not fit any more
+FULL = {5_500: "history.jsonl", 8_500: "/state/", 15_000: "predictions.safetensors"}
 
-def test_a_full_disk_leaves_an_earlier_run_alone_and_says_so(causal_flags, tmp_path):
-    """A whole run with states; first they do not fit, then the adapter, then the predictions."""
-    flags = [*method(causal_flags, "map"), "--limit-eval", "37"]
-    scenario = {"kind": "full_disk", "before": [*flags, "--lr", "1e-3"], "flags": flags}
-    scenario["limits"] = [300, 2_500, 8_000, 20_000]
-    found = suffer(tmp_path, {"full": scenario}, [flags])["full"]["outcomes"]
-    for outcome in found:
-        limit, said = outcome["limit"], outcome["said"]
-        assert outcome["code"] == 1, (limit, said)
-        assert "RunError: cannot write" in said and "Free some space" in said, (limit, said)
-        assert "Traceback" not in said and "Logging error" not in said, (limit, said)
-        assert outcome["earlier run kept"], limit
-        assert outcome["again"] == 0 and outcome["differs"] == [], (limit, outcome["differs"])
+
+def full_disk(flags: list[str]) -> dict:
+    flags = [*method(flags, "mcdropout"), "--bayes-eval-n-samples-final", "100"]
+    flags += ["--max-train-steps", "60", "--save-per-steps", "100", "--eval-per-steps", "0"]
+    before = [*flags, "--lr", "1e-3"]
+    return {"kind": "full_disk", "before": before, "flags": flags, "limits": list(FULL)}
+
+
+@pytest.mark.parametrize("limit", FULL)
+def test_a_full_disk_leaves_an_earlier_run_alone_and_says_so(limit, found):
+    (outcome,) = [o for o in found["full disk"]["outcomes"] if o["limit"] == limit]
+    said = outcome["said"]
+    assert outcome["code"] == 1, said
+    message = said[said.index("RunError") :]
+    assert "cannot write" in message and FULL[limit] in message and "Free some space" in message
+    assert "Traceback" not in said and "Logging error" not in said
+    assert outcome["earlier run kept"]
+    assert outcome["again"] == 0 and outcome["differs"] == []

@@ -121,8 +121,12 @@ def run_folder_path(args) -> Path:
 
 
 def _model_folders(model: str) -> list[str]:
-    if os.path.isabs(model) or model.startswith(".") or Path(model).is_dir():
-        return [check_name(Path(model).resolve().name, "--model")]
+    local = None
+    with suppress(OSError, RuntimeError, ValueError):  # a name that no file can have
+        if os.path.isabs(model) or model.startswith(".") or Path(model).is_dir():
+            local = Path(model).resolve().name
+    if local is not None:
+        return [check_name(local, "--model")]
     parts = model.split("/")
     if len(parts) > 2:
         raise UsageError(
@@ -280,6 +284,7 @@ class RunFolder:
                 )
         if self.path.is_dir() and not (self.path / ARGS_FILE).is_file():
             inside = [child for child in self.path.iterdir() if (child / ARGS_FILE).is_file()]
+            inside = [child for child in inside if not child.name.startswith(".")]  # not our own
             if inside:
                 raise UsageError(
                     f"the folder of another run, {inside[0]}, lies in {self.path}; choose another "
