@@ -43,7 +43,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     pytest.fail(f"the run ended before update {step}: {process.communicate()[0][-2000:]}")
 
 
-@pytest.mark.parametrize("kind", ["causal_flags", "classifier_flags"])
+@pytest.mark.parametrize(
+    "kind", ["causal_flags", pytest.param("classifier_flags", marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(kind, request, capsys):
     """SIGKILL in the middle of an epoch and between two states; dropout makes the noise count."""
     flags = [*request.getfixturevalue(kind), "--modelwrapper", "map", "--max-train-steps", "60"]
