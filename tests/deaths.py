@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from tqdm import tqdm
 
 import main
 from utils.records import read_tensors_and_metadata
@@ -52,6 +54,8 @@ def start(
         output = log
         if not isinstance(log, int):
             output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        # tqdm's own is shared by all forked processes, and one that is killed may hold it.
+        tqdm.set_lock(threading.RLock())
         os.dup2(output, 1)
         os.dup2(output, 2)
         prepare()

@@ -1,11 +1,13 @@
 """Several command lines on every rank of one process group: `torchrun tests/ranks.py CASES.json`.
 
-A case is {"flags": [...], "fsdp": bool}. Starting a process costs ten seconds of imports, a tiny
+A case is {"flags": [...], "fsdp": bool}; with "signal": N the second rank gets SIGTERM, alone, in
+the update after N. Starting a process costs ten seconds of imports, a tiny
 run a tenth of one.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -41,11 +43,18 @@ def settle_and_look(self):
                 assert parameter.to_local().numel() < parameter.numel(), name
 
 
+def update_and_signal(self, batches):
+    if case.get("signal") == self.step and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(self, batches)
+
+
+update, WrapperBase._update = WrapperBase._update, update_and_signal
 fit, WrapperBase.fit = WrapperBase.fit, fit_and_compare
 settle, WrapperBase.settle = WrapperBase.settle, settle_and_look
 
 for case in json.loads(Path(sys.argv[1]).read_text()):
     os.environ["ACCELERATE_USE_FSDP"] = str(case["fsdp"]).lower()
     code = main.run(case["flags"])
-    if code:
-        sys.exit(code)
+    if code != (143 if "signal" in case else 0):
+        sys.exit(code or 1)

@@ -88,6 +88,12 @@ def runs(tiny_llama, tiny_bert, tied_llama, data_dir, tmp_path_factory):
         ]
         two_ranks += [{"flags": pair[i], "fsdp": bool(i)} for i in (0, 1)]
         flags["fsdp", kind, method] = pair
+    whole, cut = (
+        [*flags_of("mcdataset", "mcdropout", 2, root, models, data_dir, name), "--eval-per-steps=1"]
+        for name in ("whole", "cut")
+    )
+    two_ranks += [{"flags": whole, "fsdp": False}, {"flags": cut, "fsdp": False, "signal": 3}]
+    two_ranks += [{"flags": [*cut, "--resume"], "fsdp": False}]
     cases = root / "cases.json"
     cases.write_text(json.dumps(two_ranks))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -104,7 +110,18 @@ def runs(tiny_llama, tiny_bert, tied_llama, data_dir, tmp_path_factory):
     for case, (one, _) in flags.items():
         if case[0] != "fsdp":
             main.main(one)
-    return flags
+    return flags | {"signal": (whole, cut)}
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(runs):
+    """And keeps a state of it: the resumed run is the uninterrupted one, bit for bit."""
+    whole, cut = (run_folder(flags) for flags in runs["signal"])
+    assert "Resuming after update 4" in (cut / "log.txt").read_text(encoding="utf-8")
+    names = [name for name in os.listdir(whole) if name.endswith(".safetensors")]
+    assert set(os.listdir(cut)) == set(os.listdir(whole)) and len(names) == 2
+    for name in names:
+        ours, theirs = load_file(cut / name), load_file(whole / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def block(folder: Path) -> dict:
