@@ -103,6 +103,8 @@ def load_model(
         ) from None
     if args.quantization == "none" and not stay_on_cpu:
         model.to(device)
+    if (model.config.pad_token_id or 0) < 0:  # early Llama conversions: none, written as -1
+        model.config.pad_token_id = None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = _first(model.config.eos_token_id) or 0
     model.config.use_cache = False

@@ -920,7 +920,13 @@ class WrapperBase(PeftModel):
     ) -> Metrics:
         """Evaluate; keep the data set's block of metrics.json and its predictions."""
         started = time.perf_counter()
-        metrics = self.evaluate(loader)
+        metrics = Metrics(*map(float, self.evaluate(loader)))  # a method's own may give tensors
+        broken = [key for key, value in metrics._asdict().items() if not math.isfinite(value)]
+        if broken:
+            raise RunError(
+                f"the evaluation of {dataset} gave {metrics}: {', '.join(broken)} must be finite; "
+                "look at the method's own `evaluate`. --resume goes on from the last state."
+            )
         block: dict[str, Any] = metrics._asdict() | {
             "split": split,
             "num_bins": self.args.num_bins,

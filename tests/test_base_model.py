@@ -68,7 +68,6 @@ def refused(model, words: str, *flags: str) -> None:
         {"_attn_implementation_internal": None, "attn_implementation": {"": "someone/kernel"}},
         {"attn_implementation": "kernels-community/flash-attn2"},
         {"attn_implementation": "paged|someone/kernel"},
-        {"attn_implementation": "flash_attention_2"},
         {"text_config": {"attn_implementation": "someone/kernel"}},
         {"layers_config": [{"x": {"attn_implementation": "someone/kernel"}}]},
         {"experts_implementation": "someone/kernel"},
@@ -77,6 +76,19 @@ def refused(model, words: str, *flags: str) -> None:
 def test_a_config_takes_no_code_from_the_hub(folder, entries):
     change(folder, **entries)
     refused(folder, r"config.json has '\w+': .*code from the hub.*--trust-remote-code")
+
+
+def test_flash_attention_without_its_package_names_the_package(folder):
+    change(folder, attn_implementation="flash_attention_2")
+    refused(folder, "the package flash-attn is not installed")
+
+
+def test_a_skip_list_of_a_config_holds_names_and_no_expressions(folder):
+    """transformers would match it by `re`, where this one takes for ever."""
+    skipped = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    hostile = skipped | {"llm_int8_skip_modules": [r"((\w|\.)+)+!"]}
+    change(folder, quantization_config=hostile)
+    refused(folder, "llm_int8_skip_modules.*no name of a layer")
 
 
 def test_implementations_of_torch_stay_allowed(folder):

@@ -163,6 +163,25 @@ def test_the_run_beside_an_adapter_does_not_switch_remote_code_on(posterior, mar
     assert not mark.exists()
 
 
+def test_trusting_code_does_not_cover_a_model_of_a_stored_call(code_model, mark, tmp_path):
+    file = tmp_path / "args.json"
+    given = {"modelwrapper": "mle", "model": str(code_model), "dataset": "bbc_headlines"}
+    file.write_text(json.dumps({"args": {}, "given": given | {"dataset_type": "mcdataset"}}))
+    call = ["--config", str(file), "--max-train-steps", "1", "--trust-remote-code"]
+    with pytest.raises(UsageError, match="pass --model yourself"):
+        main.parse_args(call)
+    assert main.parse_args([*call, "--model", str(code_model)]).trust_remote_code
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("flag", ["--config", "--load-lora-path"])
+def test_a_run_of_a_newer_version_is_refused(posterior, flag):
+    rewrite(posterior / "args.json", lambda c: c.update(format_version=99))
+    value = posterior / "args.json" if flag == "--config" else posterior
+    with pytest.raises(UsageError, match="format_version 99"):
+        main.parse_args(["--modelwrapper", "mle", flag, str(value), "--nowand"])
+
+
 def test_trusting_code_does_not_cover_a_model_that_only_a_file_names(posterior, mark):
     call = ["--modelwrapper", "mle", "--load-lora-path", str(posterior), "--nowand"]
     with pytest.raises(UsageError, match="pass --model yourself"):
@@ -232,6 +251,21 @@ def test_names_that_peft_would_import_are_left_out(
     stored = json.loads((run_folder(again) / "adapter_config.json").read_text())
     assert "evil" not in json.dumps(stored)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"init_lora_weights": "eva"},
+        {"fan_in_fan_out": None, "bias": None, "use_dora": None},
+        {"layers_pattern": "", "exclude_modules": ""},
+        {"a_key_of_the_future": 1},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_what_real_adapters_say_is_taken(causal_flags, adapter, extra):
+    rewrite(adapter / "adapter_config.json", lambda c: c.update(extra))
+    build([*causal_flags, "--modelwrapper", "mle", "--load-lora-path", str(adapter)])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What users write: a subclass with `forward_logits`, from a file of their own."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -271,3 +273,32 @@ def test_a_wrapper_around_a_model_that_was_a_posteriors_generates_again(causal_f
     args = main.parse_args([*causal_flags, "--modelwrapper", "map"])
     plain = get_wrapper("map")(model, config, args, main.build_accelerator(args))
     assert len(generated(plain.eval())) == 3
+
+
+def test_a_base_model_without_padding_token_written_as_minus_one(
+    causal_flags, tiny_llama, tmp_path
+):
+    """As early Llama conversions have it; the run ends with its adapter and its record."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": -1}))
+    flags = [*causal_flags, "--model", str(folder), "--modelwrapper", "mle"]
+    main.main([*flags, "--max-train-steps", "2"])
+    assert (run_folder([*flags, "--max-train-steps", "2"]) / "bayes_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [("torch.tensor", 0), ("lambda v: v * float('nan')", 1)], ids=["0-d", "nan"]
+)
+def test_what_a_methods_own_evaluate_returns_becomes_numbers(causal_flags, tmp_path, value, code):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import torch\nfrom wrapperbase import WrapperBase\n\n\nclass Own(WrapperBase):\n"
+        "    def evaluate(self, loader):\n"
+        f"        return type(m := super().evaluate(loader))(*map({value}, m))\n"
+    )
+    flags = [*causal_flags, "--modelwrapper", f"{file}:Own", "--max-train-steps", "2"]
+    assert main.run(flags) == code
+    if code == 0:
+        assert main.run(flags) == 0, "it is finished, and metrics.json can be read"

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from utils.errors import UsageError, quoted
 from utils.logging import notice_once
-from utils.records import read_json
 from utils.registry import did_you_mean, names_code
+from utils.run_records import read_run_record
 
 # Flags of existing command lines that have nothing left to do here, and why.
 WITHOUT_EFFECT = {
@@ -97,7 +97,7 @@ class Args(argparse.Namespace):
 
     def as_dict(self) -> dict[str, Any]:
         """Every flag with the value that the run uses. `given` has only those that were passed."""
-        hidden = {"given", "_frozen"}
+        hidden = {"given", "called", "_frozen"}
         return {key: value for key, value in vars(self).items() if key not in hidden}
 
 
@@ -157,7 +157,7 @@ class Parser(argparse.ArgumentParser):
 
     def _completed(self, said: dict[str, Any], stored: Mapping[str, Any], where: str) -> Args:
         known = {action.dest: action for action in self._actions if action.dest != "help"}
-        said = dict(said)
+        called, said = frozenset(said), dict(said)
         for key, value in stored.items():
             if key in said or key in NOT_REPEATED:
                 continue
@@ -167,6 +167,7 @@ class Parser(argparse.ArgumentParser):
             said[key] = stored_value(known[key], value, where)
         args = Args(**{key: said.get(key, action.default) for key, action in known.items()})
         args.given = {key: value for key, value in said.items() if key not in NOT_REPEATED}
+        args.called = called
         return args
 
 
@@ -232,7 +233,7 @@ def _converted(action: argparse.Action, value: Any, refuse: Callable[[str], NoRe
         action.type in (None, optional, text) or not isinstance(value, int | float)
     ):
         refuse("takes a text" if action.type in (None, optional, text) else "takes a number")
-    convert = action.type or text
+    convert = action.type or str
     try:
         value = convert(value if isinstance(value, str) else repr(value))
     except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
@@ -563,12 +564,7 @@ def first_pass(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         raise UsageError(str(error)) from None
     config: dict[str, Any] = {}
     if known.config is not None:
-        stored = read_json(Path(known.config), "--config")
-        config = stored.get("given", stored.get("args")) if isinstance(stored, dict) else None
-        if not isinstance(config, dict):
-            raise UsageError(
-                f"--config: {known.config} is not a run's args.json: it has no object 'given'."
-            )
+        config = read_run_record(Path(known.config), "--config").repeated
     method = known.modelwrapper
     if method is None and isinstance(config.get("modelwrapper"), str):
         method = config["modelwrapper"]
@@ -602,6 +598,14 @@ def finish(
         if getattr(args, name) is not None:
             notice_once(f"{_spelling(name)} has no effect: {reason}.")
     _check_required(args, trained)
+    for name in ("model", "load_model_path"):
+        value = getattr(args, name)
+        if args.trust_remote_code and value is not None and name not in args.called:
+            flag = _spelling(name)
+            raise UsageError(
+                f"--trust-remote-code runs code that comes with the base model, but {flag} "
+                f"{quoted(value)} is named by a file only: pass {flag} yourself."
+            )
     _match_types(args)
     if args.n_epochs and args.max_train_steps:
         raise UsageError(
@@ -682,18 +686,14 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
         the flags of that run that matter here, under the rules of their flags; none where there is
         no args.json.
     Raises:
-        UsageError: it is no args.json, a value breaks its flag's rule, or code of a model that only
-            this file names would run.
+        UsageError: it is no args.json, or a value breaks its flag's rule.
     """
     if args.load_lora_path is None or args.load_lora_huggingface_repo is not None:
         return {}
     file = Path(args.load_lora_path) / "args.json"
     if not file.exists():
         return {}
-    content = read_json(file, "--load-lora-path")
-    stored = content.get("args") if isinstance(content, dict) else None
-    if not isinstance(stored, dict):
-        raise UsageError(f"--load-lora-path: {file} is no run's args.json; remove or restore it.")
+    stored = read_run_record(file, "--load-lora-path").args
     actions = {action.dest: action for action in parser._actions}
     names = [*(name for group in (*ADOPTED, *ALTERNATIVES) for name in group), "hold_out"]
     dataset = stored.get("dataset")
@@ -711,11 +711,6 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
         for name in group:
             if name not in args.given and name in trained:
                 setattr(args, name, trained[name])
-    if args.trust_remote_code and args.model is not None and "model" not in args.given:
-        raise UsageError(
-            f"--trust-remote-code runs code that comes with the base model, but the base model, "
-            f"{quoted(args.model)}, is named by {file} only: pass --model yourself."
-        )
     return trained | ({"dataset": dataset} if trained_in_file else {})
 
 

@@ -9,6 +9,7 @@ that it fetches. Lives in `utils` because both rooms need it: `modelwrappers` to
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ QUANTISED = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "
 # What transformers makes a list or a loop of, by a part of its key: the most that is believed.
 MOST = {"layers": 4096, "n_layer": 4096, "num_labels": 2**20, "experts": 2**16}
 MOST_OF_ANY = 2**40
+_LAYER = re.compile(r"[\w.\-]*")
 
 # Models that count positions from the padding token's id on, as RoBERTa does.
 COUNTS_FROM_PADDING = {
@@ -117,18 +119,44 @@ def _check_content(content: Any, told: str, trust_remote_code: bool) -> None:
             continue
         if key.endswith(("attn_implementation", "experts_implementation")):
             for implementation in _names(value):
+                if str(implementation).startswith("flash_attention_") and not _is_built_in(
+                    implementation
+                ):
+                    raise UsageError(
+                        f"{where}: the package flash-attn is not installed here, and transformers "
+                        "would take it from the hub. Install it, or take the key out."
+                    )
                 if not _is_built_in(implementation):
                     raise UsageError(
                         f"{where}: that is code from the hub. Take the key out, install the "
                         "package that has it, or pass --trust-remote-code if you have read it."
                     )
         if key == "quantization_config" and isinstance(value, Mapping):
+            _check_patterns(value, told)
             method = value.get("quant_method", "bitsandbytes")
             if method not in QUANTISED:
                 raise UsageError(
                     f"{told}: config.json says that the weights are quantised with "
                     f"{quoted(method)}, whose code may come from the hub. Known are "
                     f"{', '.join(QUANTISED)}; pass --trust-remote-code, or an unquantised model."
+                )
+
+
+def _check_patterns(quantization: Mapping[str, Any], told: str) -> None:
+    """Names of layers only: transformers takes these entries for regular expressions.
+
+    Raises:
+        UsageError: one could be made to take for ever.
+    """
+    for key, value in quantization.items():
+        names = value if isinstance(value, list) else []
+        if isinstance(value, Mapping):  # gptq's `dynamic`: expression -> settings
+            names = list(value) if key == "dynamic" else []
+        for name in names:
+            if isinstance(name, str) and not _LAYER.fullmatch(name):
+                raise UsageError(
+                    f"{told}: config.json has {quoted(key)}: {quoted(name)} in its "
+                    "quantization_config, which is no name of a layer; write the names out."
                 )
 
 

@@ -160,7 +160,8 @@ def as_record(content: Any, record: type[RecordType], where: str, remedy: str = 
 def _first_problem(error: ValidationError) -> str:
     """The first broken rule, in the terms of the file."""
     first = error.errors(include_url=False, include_context=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
+    # pydantic names the branch of a union as well, which is no key of the file
+    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     key = f"key {quoted(path)}" if path else "the content"
     others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "missing":

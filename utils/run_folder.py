@@ -76,7 +76,7 @@ class _Line(Record):
 
 LONGEST_FOLDER, LONGEST_DATA_SET = 255, 200  # bytes; a data set's name is part of a file's, too
 # Folders in a run's folder or beside it that are no runs: the report does not look into them.
-_NOT_RUNS = ("state", "wandb", "tensorboard")
+NOT_RUNS = ("state", "wandb", "tensorboard")
 _HELD_OUT = "held_out"  # predictions-held_out.safetensors are of no data set of that name
 
 
@@ -114,8 +114,8 @@ def run_folder_path(args) -> Path:
         raise UsageError(f"--output-dir {quoted(str(root))} cannot be used ({error}).") from None
     if real != expected:
         raise UsageError(
-            f"the run's folder {path} is reached by a link, which leads to {real}; a run stays in "
-            f"--output-dir. Remove the link, or make {root} itself the link."
+            f"the run's folder {path} is reached by a link, which leads to {real}: under two names "
+            f"one run could replace another. Remove the link, or make {root} itself the link."
         )
     return path
 
@@ -152,7 +152,7 @@ def check_name(name: str, flag: str, longest: int = LONGEST_FOLDER) -> str:
         rule = "must have printable characters only"
     elif len(os.fsencode(name)) > longest:
         rule = f"must have at most {longest} bytes, but has {len(os.fsencode(name))}"
-    elif name.lower() in _NOT_RUNS or name in (ARGS_FILE, METRICS_FILE, HISTORY_FILE, LOG_FILE):
+    elif name.lower() in NOT_RUNS or name in (ARGS_FILE, METRICS_FILE, HISTORY_FILE, LOG_FILE):
         rule = "is a name that runs use for files of their own"
     if rule is not None:
         raise UsageError(f"{flag}: {quoted(name)} names a run's folder and {rule}; choose another.")
@@ -371,8 +371,9 @@ class RunFolder:
                 f"{self.path} keeps a run interrupted before its first state: {'; '.join(other)}. "
                 "Pass --overwrite to start over, or another --log-path."
             )
+        kept = "the state" if states.entries() else "results, but no state,"
         raise UsageError(
-            f"{folder} keeps the state of a run interrupted{at}; pass "
+            f"{folder} keeps {kept} of a run interrupted{at}; pass "
             "--resume to go on, --overwrite to start over, or another --log-path."
         )
 

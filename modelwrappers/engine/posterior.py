@@ -157,7 +157,7 @@ ModuleName = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[\w.\
 Pattern = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 # Initialisations that leave the base model's weights alone; the others come with changed ones.
-_PLAIN_INITS = ("gaussian", "orthogonal")
+_PLAIN_INITS = ("gaussian", "orthogonal", "eva")
 # Keys that change nothing about a loaded adapter: notes, settings of the initialisation, and PEFT's
 # names of classes and packages, which it would import.
 _WITHOUT_EFFECT = {
@@ -205,6 +205,9 @@ def read_adapter_config(folder: Path, what: str) -> LoraConfig:
     if kind not in (None, "LORA"):
         kind = kind if isinstance(kind, str) and kind.isalnum() else quoted(kind)
         raise UsageError(f"{what}: {folder} holds a {kind} adapter, not LoRA.")
+    if isinstance(content, dict):  # null and "" stand for what is not set
+        needed = ("peft_type", "r", "lora_alpha", "target_modules")
+        content = {k: v for k, v in content.items() if k in needed or v not in (None, "")}
     config = as_record(content, AdapterConfig, where)
     start = content.get("init_lora_weights")
     if not (start is None or isinstance(start, bool) or start in _PLAIN_INITS):

@@ -27,6 +27,7 @@ from utils.records import (
     read_tensors_and_metadata,
 )
 from utils.report.escape import LONGEST_TEXT, shorten
+from utils.run_folder import NOT_RUNS
 from utils.run_records import (
     ARGS_FILE,
     HISTORY_FILE,
@@ -58,7 +59,6 @@ MOST_NUMBERS = 2**30  # of a file's draws: 4 GiB in single precision
 MOST_CLASSES = 1000
 MOST_HISTORY = 2**28  # bytes of history.jsonl
 MOST_NLL = 1e9  # in a plot
-NOT_RUNS = ("state", "wandb", "tensorboard")  # folders that hold no run
 SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?(\d+)")
 
 
