@@ -140,7 +140,7 @@ def content(folder: Path) -> dict[str, object]:
 def without_times(value):
     """Without what is different in every run, and without the flags that say where it is kept."""
     varying = {"seconds", "training_seconds", "peak_memory_bytes", "run", "output_dir", "resume"}
-    varying |= {"overwrite"}
+    varying |= {"overwrite", "peak_memory_before_bytes"}
     if isinstance(value, dict):
         return {key: without_times(v) for key, v in value.items() if key not in varying}
     return [without_times(v) for v in value] if isinstance(value, list) else value
