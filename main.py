@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from dataset import build_dataset, check_data_sets
 from modelwrappers import build_wrapper, get_wrapper
-from modelwrappers.sharding import check_sharding, shards_base
+from modelwrappers.lora.sharding import check_sharding, shards_base
 from utils.args import Args, build_parser, finish, first_pass
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError, one_line

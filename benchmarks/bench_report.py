@@ -18,11 +18,11 @@ import common  # noqa: F401  (the repository's path)
 import torch
 from sklearn.metrics import roc_auc_score
 
+from report.collect import Options, collect
+from report.runs import find_runs, read_predictions
+from report.write import write
 from utils.files import write_json, write_tensors
 from utils.metrics import posterior_predictive, score
-from utils.report.collect import Options, collect
-from utils.report.runs import find_runs, read_predictions
-from utils.report.write import write
 
 LOOP = 10  # resamples of the plain loop
 

@@ -19,7 +19,6 @@ from modelwrappers.lora.exact_4bit import deny_avx512bf16
 deny_avx512bf16()  # before the first import of PEFT, which imports bitsandbytes
 
 from modelwrappers import wrapperbase
-from modelwrappers.backbone import load_model, lora_config
 from modelwrappers.blob import BLoB
 from modelwrappers.deepensemble import DeepEnsemble
 from modelwrappers.engine.posterior import (
@@ -31,9 +30,11 @@ from modelwrappers.engine.posterior import (
     read_posterior_record,
 )
 from modelwrappers.laplace import Laplace
+from modelwrappers.lora import backbone, stochastic
+from modelwrappers.lora.backbone import load_model, lora_config
+from modelwrappers.lora.sharding import check_sharding, shards_base
 from modelwrappers.map import MAP
 from modelwrappers.mcdropout import MCDropout
-from modelwrappers.sharding import check_sharding, shards_base
 from modelwrappers.tfb import TFB
 from modelwrappers.wrapperbase import WrapperBase
 from utils.args import build_parser, finish
@@ -53,6 +54,16 @@ WRAPPERS: dict[str, type[WrapperBase]] = {
     "tfblora": TFB,  # the original's names: tfb, and tfb with --tfb-criterion flips
     "tfblora_acc": TFB,
 }
+
+
+# Rooms that had another name in the first design; files of users import them.
+_FORMER_NAMES = {"backbone": backbone, "stochastic_lora": stochastic}
+
+
+def __getattr__(name: str):
+    if name in _FORMER_NAMES:
+        return _FORMER_NAMES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_wrapper(name: str) -> type[WrapperBase]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelwrappers.stochastic_lora import (
+from modelwrappers.lora.stochastic import (
     RHO,
     Draws,
     GaussianPosterior,

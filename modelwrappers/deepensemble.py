@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from modelwrappers.backbone import adapter_folder, head_modules
+from modelwrappers.lora.backbone import adapter_folder, head_modules
 from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.args import whole
 from utils.errors import UsageError

@@ -32,15 +32,15 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelwrappers.backbone import head_modules
 from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
-from modelwrappers.lora_curvature import (
+from modelwrappers.lora.backbone import head_modules
+from modelwrappers.lora.curvature import (
     CURVATURES,
     Projection,
     Tape,
     softmax_hessian_root,
 )
-from modelwrappers.sharding import shards_base
+from modelwrappers.lora.sharding import shards_base
 from modelwrappers.wrapperbase import Batch, WrapperBase, adapter_acts, peak_memory
 from utils.args import between, whole
 from utils.errors import RunError, UsageError, quoted

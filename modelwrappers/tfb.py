@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
-from modelwrappers.stochastic_lora import (
+from modelwrappers.lora.stochastic import (
     RHO,
     Draws,
     GaussianPosterior,

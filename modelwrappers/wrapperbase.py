@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelwrappers.backbone import head_roots
+from modelwrappers.engine.model_card import model_card
 from modelwrappers.engine.posterior import (
     ADAPTER_FILE,
     BASE_MODEL_FLAGS,
@@ -48,9 +48,9 @@ from modelwrappers.engine.posterior import (
     check_adapter_tensors,
     read_adapter_tensors,
 )
+from modelwrappers.lora.backbone import head_roots
 from modelwrappers.lora.exact_4bit import use_exact_4bit
-from modelwrappers.model_card import model_card
-from modelwrappers.sharding import shard_base, sharded_names, shards_base
+from modelwrappers.lora.sharding import shard_base, sharded_names, shards_base
 from utils.errors import RunError, UsageError, quoted
 from utils.files import disk_errors, remove_folder, write_atomically, write_json, write_tensors
 from utils.interrupts import Interrupted, interrupts

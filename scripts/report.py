@@ -16,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from report.collect import Options, collect
+from report.escape import shorten
+from report.runs import find_runs
+from report.tables import terminal
+from report.write import check_writable, write
 from utils.args import Args, Parser, count, positive_int, seed
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError, one_line, quoted
 from utils.logging import writable
-from utils.report.collect import Options, collect
-from utils.report.escape import shorten
-from utils.report.runs import find_runs
-from utils.report.tables import terminal
-from utils.report.write import check_writable, write
 
 MOST_BINS = 1000
 MOST_RESAMPLES = 100_000

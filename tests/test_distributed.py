@@ -17,7 +17,7 @@ from conftest import ROOT, run_folder
 from safetensors.torch import load_file
 
 import main
-from modelwrappers.sharding import check_sharding, shards_base
+from modelwrappers.lora.sharding import check_sharding, shards_base
 from utils.errors import UsageError
 
 TRAIN = "--n-epochs 2 --opt sgd --lr 0.1"

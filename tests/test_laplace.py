@@ -14,7 +14,7 @@ from torch import nn
 import main
 from modelwrappers import load_posterior
 from modelwrappers.laplace import _draws, _posterior_class, _probit
-from modelwrappers.lora_curvature import (
+from modelwrappers.lora.curvature import (
     DiagonalCurvature,
     FullCurvature,
     GramSum,

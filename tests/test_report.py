@@ -19,15 +19,15 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 import main
-from utils import uncertainty as u
+from report import uncertainty as u
+from report.collect import Options, collect
+from report.measure import Examples
+from report.plots import MOST, _entropy, shown_rows, style, wilson
+from report.runs import find_runs
+from report.significance import interval, mean_over_seeds, paired_difference, resample
+from report.tables import comma_separated, latex, markdown, terminal
 from utils.files import write_json, write_tensors
 from utils.metrics import posterior_predictive, score
-from utils.report.collect import Options, collect
-from utils.report.measure import Examples
-from utils.report.plots import MOST, _entropy, shown_rows, style, wilson
-from utils.report.runs import find_runs
-from utils.report.significance import interval, mean_over_seeds, paired_difference, resample
-from utils.report.tables import comma_separated, latex, markdown, terminal
 from utils.temperature import scale
 
 MADE = {"command": "python scripts/report.py", "commit": "0123abc", "time": "now"}
@@ -203,7 +203,7 @@ def test_temperature_scaling_is_a_row_of_its_own(tmp_path):
     raw, scaled = family.rows
     assert (raw.name, scaled.name) == ("map", "map + temperature")
     (run,), _ = find_runs([tmp_path])
-    from utils.report.runs import read_predictions
+    from report.runs import read_predictions
 
     predictions = read_predictions(run.evaluations[0])
     log_probs = posterior_predictive(scale(torch.from_numpy(predictions.draws).double(), 2.0))
@@ -215,7 +215,7 @@ def test_temperature_scaling_is_a_row_of_its_own(tmp_path):
 def test_draws_in_blocks_give_the_same_numbers(tmp_path, monkeypatch):
     make_run(tmp_path, "blob", num_draws=4, temperature=2.0)
     whole = comma_separated(report_on(tmp_path))
-    monkeypatch.setattr("utils.report.runs.BLOCK", 4 * 3 * 7)  # rows 7 by 7
+    monkeypatch.setattr("report.runs.BLOCK", 4 * 3 * 7)  # rows 7 by 7
     assert comma_separated(report_on(tmp_path)) == whole
 
 
@@ -271,7 +271,7 @@ def test_shifted_examples_are_held_against_source_examples(tmp_path):
     make_run(tmp_path, shifted=True)
     _, shifted = report_on(tmp_path).families
     (run,), _ = find_runs([tmp_path])
-    from utils.report.runs import read_predictions
+    from report.runs import read_predictions
 
     scores = [Examples.of(read_predictions(e)).scores["entropy"] for e in run.evaluations]
     positive = np.repeat([0.0, 1.0], [len(s) for s in scores])

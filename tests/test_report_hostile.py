@@ -21,11 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_report import MADE, change_json, make_run, report_on, script
 
-from utils.errors import one_line
-from utils.files import write_json
-from utils.report import write as writing
-from utils.report.collect import Options, collect, shortest_tails
-from utils.report.escape import (
+from report import write as writing
+from report.collect import Options, collect, shortest_tails
+from report.escape import (
     FORMULA_SIGNS,
     LATEX,
     LONGEST_NAME,
@@ -38,10 +36,12 @@ from utils.report.escape import (
     in_markdown,
     in_plot,
 )
-from utils.report.page import page
-from utils.report.plots import Plot, draw_family
-from utils.report.runs import find_runs, read_history
-from utils.report.tables import comma_separated, latex, markdown, terminal
+from report.page import page
+from report.plots import Plot, draw_family
+from report.runs import find_runs, read_history
+from report.tables import comma_separated, latex, markdown, terminal
+from utils.errors import one_line
+from utils.files import write_json
 
 NAMES = [
     "<script>alert(1)</script>",
@@ -252,8 +252,8 @@ def hostile(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdout", out)
         patch.setattr("sys.stderr", err)
-        patch.setattr("utils.report.write.draw_family", lambda *args: [])  # a test of their own
-        patch.setattr("utils.report.write.draw_training", lambda *args: None)
+        patch.setattr("report.write.draw_family", lambda *args: [])  # a test of their own
+        patch.setattr("report.write.draw_training", lambda *args: None)
         code = script().run([str(root), "--bootstrap", "10", "--out", str(root / "a <b>`")])
     return root / "a <b>`", code, out.getvalue(), err.getvalue()
 

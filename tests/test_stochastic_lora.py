@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
 
 from modelwrappers.lora.exact_4bit import use_exact_4bit
-from modelwrappers.stochastic_lora import (
+from modelwrappers.lora.stochastic import (
     Draws,
     _FlipSigns,
     _NoisyProjection,

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 import main
 from modelwrappers import load_posterior
-from modelwrappers.stochastic_lora import RHO
+from modelwrappers.lora.stochastic import RHO
 from modelwrappers.tfb import reparametrise, set_spread
 from utils.errors import RunError, UsageError
 from utils.metrics import negative_log_likelihood, posterior_predictive

@@ -10,7 +10,7 @@ from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score, roc_curve
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from utils import uncertainty as u
+from report import uncertainty as u
 from utils.metrics import posterior_predictive, score
 
 

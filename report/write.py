@@ -15,13 +15,13 @@ from typing import Annotated, Literal
 
 from pydantic import StringConstraints
 
+from report.collect import Report
+from report.escape import file_stem
+from report.page import page
+from report.plots import FIGURES, draw_family, draw_training
+from report.tables import CSV_COLUMNS, comma_separated, latex, markdown
 from utils.errors import RunError, UsageError, quoted
 from utils.records import MOST_BYTES, Record, read_record
-from utils.report.collect import Report
-from utils.report.escape import file_stem
-from utils.report.page import page
-from utils.report.plots import FIGURES, draw_family, draw_training
-from utils.report.tables import CSV_COLUMNS, comma_separated, latex, markdown
 
 # What each file begins with: a file of this name that begins otherwise is somebody else's.
 BEGINNINGS = {

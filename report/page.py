@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import math
 
-from utils.report.collect import Cell, Family, Report, Row
-from utils.report.escape import LONGEST_TEXT, in_html, shorten
-from utils.report.measure import METRICS, TABLES, Metric
-from utils.report.plots import Plot
-from utils.report.tables import (
+from report.collect import Cell, Family, Report, Row
+from report.escape import LONGEST_TEXT, in_html, shorten
+from report.measure import METRICS, TABLES, Metric
+from report.plots import Plot
+from report.tables import (
     DIFFERENCES,
     UNDEFINED,
     bracket,
@@ -263,7 +263,7 @@ def _about() -> str:
         '<h2 id="about">What is measured, and how it is tested</h2>'
         '<p class="note">FPR@95: the share of errors (of shifted examples) that is kept at the '
         "threshold that keeps 95 % of the correct answers (of the source examples). Equations and "
-        "references are in the docstrings of <code>utils/uncertainty.py</code> and "
+        "references are in the docstrings of <code>report/uncertainty.py</code> and "
         "<code>utils/metrics.py</code>. A row “+ temperature” is the run above it with its logits "
         "divided by the temperature that the run fitted on held-out training rows.</p>"
         f'<div class="wide"><table class="text"><tbody>{rows}</tbody></table></div>'

@@ -6,7 +6,7 @@ Pure numpy functions beside the four numbers of `utils.metrics`. Two kinds:
 - of a data set: arrays `(n,)` to one number. Each takes `weights (R, n)` and then returns `(R,)`
   numbers, one per row of weights. A row that counts how often each example was drawn gives exactly
   the value on that resample, repeated examples included, so R bootstrap resamples of n examples
-  are a few matrix operations (`utils.report.significance`).
+  are a few matrix operations (`report.significance`).
 
 Scores that tie are treated as one block, so no value depends on the order of the examples. What is
 undefined (an AUROC without positives) is NaN.

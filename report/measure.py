@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils import uncertainty as u
+from report import uncertainty as u
+from report.runs import Predictions, row_blocks
 from utils.metrics import posterior_predictive
-from utils.report.runs import Predictions, row_blocks
 from utils.temperature import scale
 
 

@@ -7,9 +7,8 @@ import io
 import math
 import re
 
-from utils.errors import one_line
-from utils.report.collect import Cell, Family, Report, Row
-from utils.report.escape import (
+from report.collect import Cell, Family, Report, Row
+from report.escape import (
     LONGEST_TEXT,
     code_in_markdown,
     in_csv,
@@ -17,7 +16,8 @@ from utils.report.escape import (
     in_markdown,
     shorten,
 )
-from utils.report.measure import METRICS, TABLES, Metric
+from report.measure import METRICS, TABLES, Metric
+from utils.errors import one_line
 
 SHORT = ("acc", "ece", "nll", "brier")  # of the terminal
 DIFFERENCES = ("acc", "ece", "ece_smooth", "nll", "brier", "aurc")

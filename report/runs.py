@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field, FiniteFloat, ValidationError
 
+from report.escape import LONGEST_TEXT, shorten
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
 from utils.errors import UsageError, quoted
 from utils.records import (
@@ -26,7 +27,6 @@ from utils.records import (
     read_bytes,
     read_tensors_and_metadata,
 )
-from utils.report.escape import LONGEST_TEXT, shorten
 from utils.run_folder import NOT_RUNS
 from utils.run_records import (
     ARGS_FILE,

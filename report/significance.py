@@ -15,7 +15,7 @@ understate how much they vary: without any true difference it finds one in 51, 2
 cases with 2, 3 and 5 seeds (nominal: 5 %); this rule in about 5 % or fewer (tests/test_report.py).
 
 **Calibration errors** are biased upwards by the noise of their bins: between 0 (errors far above
-the noise) and the row's noise floor (calibrated; `utils.uncertainty.noise_floors`), which is lower
+the noise) and the row's noise floor (calibrated; `report.uncertainty.noise_floors`), which is lower
 for a model that is more confident. So the interval of a difference is the hull of two: around the
 difference as it is, and around the one with the floors taken off. It excludes 0 only if both do.
 
@@ -136,8 +136,8 @@ def paired_difference(
 
     Args:
         values, replicates: of both sides, as in `mean_over_seeds`.
-        floors: seed -> what a calibrated model would have (`utils.uncertainty.noise_floors`); 0 for
-            metrics that have no such bias.
+        floors: seed -> what a calibrated model would have (`report.uncertainty.noise_floors`); 0
+            for metrics that have no such bias.
     """
     common = [seed for seed in values[0] if seed in values[1]]
     seeds = [common or list(side) for side in values]

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.report.escape import distinct, shorten
-from utils.report.measure import (
+from report.escape import distinct, shorten
+from report.measure import (
     METRICS,
     Curves,
     Examples,
@@ -27,7 +27,7 @@ from utils.report.measure import (
     measure,
     measure_shift,
 )
-from utils.report.runs import (
+from report.runs import (
     Evaluation,
     Predictions,
     Run,
@@ -38,14 +38,14 @@ from utils.report.runs import (
     seed_text,
     settings_key,
 )
-from utils.report.significance import (
+from report.significance import (
     Difference,
     mean_over_seeds,
     paired_difference,
     resample,
     seed_of_examples,
 )
-from utils.uncertainty import noise_floors
+from report.uncertainty import noise_floors
 
 POINT_ESTIMATES = ("mle", "map")  # what other methods are held against, in this order
 SHOWN_FLAGS = 4  # of a row's settings, in its name
