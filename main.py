@@ -28,6 +28,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from dataset import build_dataset, check_data_sets
 from modelwrappers import build_wrapper, get_wrapper
 from modelwrappers.lora.sharding import check_sharding, shards_base
+from modelwrappers.wrapperbase import WrapperBase
 from utils.args import Args, build_parser, finish, first_pass
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError, one_line
@@ -96,10 +97,7 @@ def run_in(
         return kept_metrics(folder, args)
     check_purpose(args)
 
-    set_seed(args.seed)
-    dataset = build_dataset(args, accelerator)
-    wrapper = build_wrapper(args, dataset.num_labels, accelerator)
-    wrapper.prepare_for_fit_evaluate(dataset)
+    wrapper = assemble(args, accelerator)
     begin_run(folder, args, accelerator, argv)
     wrapper.run_folder = folder
     init_tracker(accelerator, args, folder.path)
@@ -114,6 +112,19 @@ def run_in(
     )
     logger.info("Run folder: %s", folder.path)
     return metrics
+
+
+def assemble(args: Args, accelerator: Accelerator | None = None) -> WrapperBase:
+    """From flags to a wrapper that is ready to fit and evaluate; its data are `wrapper.dataset`.
+
+    The one way there, of runs, tests and benchmarks.
+    """
+    accelerator = accelerator or build_accelerator(args)
+    set_seed(args.seed)
+    dataset = build_dataset(args, accelerator)
+    wrapper = build_wrapper(args, dataset.num_labels, accelerator)
+    wrapper.prepare_for_fit_evaluate(dataset)
+    return wrapper
 
 
 def check_purpose(args: Args) -> None:

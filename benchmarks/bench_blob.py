@@ -3,7 +3,7 @@
 SmolLM2-135M, float32, batch 4 x 68 tokens, r 8 on q_proj, v_proj and lm_head. Everything alternates
 in one process; ratios of medians.
 
-- BLoB's training step against plain LoRA's, both by `WrapperBase._update`, with one token's logits;
+- BLoB's training step against plain LoRA's, both by `Loop.update`, with one token's logits;
 - ten draws in one stacked forward against one deterministic pass;
 - both against a faithful loop: the published procedure written down plainly, with logits of the
   whole vocabulary at every position, one forward per draw, float signs, a float64 KL by a Python
@@ -21,13 +21,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
 from common import BATCH, TOKENS, alternate
 from torch import nn
 
 import main as program
-from dataset import build_dataset
-from modelwrappers import build_wrapper
 
 DRAWS = 10
 LR, KLLR, PRIOR_STD, EPS = 1e-4, 0.01, 0.2, 0.05
@@ -40,13 +37,7 @@ def build(method: str):
     flags += f"--eval-batch-size {BATCH * DRAWS} "
     if method == "blob":
         flags += f"--bayes-kllr {KLLR} --bayes-klreweighting"
-    args = program.parse_args(flags.split())
-    accelerator = program.build_accelerator(args)
-    set_seed(1)
-    dataset = build_dataset(args, accelerator)
-    wrapper = build_wrapper(args, dataset.num_labels, accelerator)
-    wrapper.prepare_for_fit_evaluate(dataset)
-    return wrapper
+    return program.assemble(program.parse_args(flags.split()))
 
 
 def make_batch() -> dict[str, torch.Tensor]:
@@ -156,7 +147,7 @@ def measure_memory(side: str) -> None:
         faithful_loop(wrapper.target_ids)  # loaded on both sides, so that the start is the same
 
         def step(b):
-            wrapper._update([b])
+            wrapper.loop.update([b])
 
         def draws(b):
             with torch.inference_mode():
@@ -185,7 +176,7 @@ def main(rounds: int) -> None:
 
     def update(wrapper):
         wrapper.train()
-        wrapper._update([batch])
+        wrapper.loop.update([batch])
 
     def predict(wrapper, draws: int):
         wrapper.eval()

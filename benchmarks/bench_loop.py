@@ -16,8 +16,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import main as program
-from dataset import build_dataset
-from modelwrappers import build_wrapper
 from utils.embedded import resolve_model
 
 BLOCK = 5  # updates per measured block
@@ -30,11 +28,8 @@ def main(rounds: int) -> None:
         f"--modelwrapper mle --max-train-steps {10 * BLOCK * rounds} --batch-size {BATCH} "
         f"--output-dir {folder} --save-per-steps 0 --eval-per-steps 0".split()
     )
-    accelerator = program.build_accelerator(args)
-    dataset = build_dataset(args, accelerator)
-    wrapper = build_wrapper(args, dataset.num_labels, accelerator)
+    wrapper = program.assemble(args)
     wrapper.run_folder.path.mkdir(parents=True)
-    wrapper.prepare_for_fit_evaluate(dataset)
     generator = torch.Generator().manual_seed(0)
     batch = {
         "input_ids": torch.randint(1000, 40000, (BATCH, TOKENS), generator=generator),
@@ -44,7 +39,7 @@ def main(rounds: int) -> None:
     }
 
     def loop_block() -> None:
-        wrapper.last_step = wrapper.step + BLOCK
+        wrapper.loop.last_step = wrapper.step + BLOCK
         wrapper.fit([batch] * BLOCK)
 
     base = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m"))
@@ -61,7 +56,7 @@ def main(rounds: int) -> None:
                 logits_to_keep=1,
                 use_cache=False,
             )
-            logits = output.logits[:, -1, dataset.target_ids]
+            logits = output.logits[:, -1, wrapper.target_ids]
             torch.nn.functional.cross_entropy(logits, batch["labels"]).backward()
             optimizer.step()
             optimizer.zero_grad()

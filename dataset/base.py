@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dataset.sources import Row, is_folder, load_rows
-from dataset.tasks import PUBLISHED_FLAGS, Task, checked_task
+from dataset.tasks import PUBLISHED_FLAGS, Prompt, Task, checked_task
 from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
 from utils.errors import UsageError, described, quoted
 from utils.logging import logger
@@ -111,6 +111,18 @@ class TrainBatches(Sampler[list[int]]):
         step = self.batch_size * self.num_processes
         for start in range(self.first_batch * step, len(order), step):
             yield order[start : start + step][self.rank :: self.num_processes]
+
+
+class Batches(DataLoader):
+    """Batches of a data set, and the answers that they are about.
+
+    Attributes:
+        target_ids: (C,) answer tokens of a causal LM; None for a classifier.
+    """
+
+    def __init__(self, target_ids: Tensor | None, *args, **kwargs) -> None:
+        self.target_ids = target_ids
+        super().__init__(*args, **kwargs)
 
 
 class EvalBatches(Sampler[list[int]]):
@@ -261,6 +273,25 @@ class DatasetBase(ABC):
     def target_ids(self) -> Tensor | None:
         """The C answer tokens of a causal LM; None for a classifier."""
         return None
+
+    def shown_example(self) -> dict[str, Any] | None:
+        """What a row looks like to the model: the tokenizer's source, a text, its tokens.
+
+        The row is the task's own example, no row of the data; None where it has none that fits.
+        """
+        row = self.task.example
+        try:
+            tokens = self._encoded(row, "example")[0]["input_ids"] if row else None
+        except UsageError:  # too long for --max-seq-len, say
+            tokens = None
+        if tokens is None:
+            return None
+        parts = self.task.prompt(row)
+        return {
+            "tokenizer": self.args.load_model_path or self.args.model,
+            "text": ["".join(parts)] if isinstance(parts, Prompt) else list(parts),
+            "input_ids": tokens,
+        }
 
     @property
     def pad_token_id(self) -> int:
@@ -416,7 +447,7 @@ class DatasetBase(ABC):
                 num_cut,
                 len(examples),
                 self.max_length,
-                self._limit[1],
+                self.limit[1],
             )
         return examples
 
@@ -470,7 +501,7 @@ class DatasetBase(ABC):
         return getattr(self._model_config.get_text_config(), name, None)
 
     @cached_property
-    def _limit(self) -> tuple[int, str]:
+    def limit(self) -> tuple[int, str]:
         """The most tokens of a row, and who says so."""
         most = self.tokenizer.model_max_length
         limits = [
@@ -486,7 +517,7 @@ class DatasetBase(ABC):
     @property
     def max_length(self) -> int:
         """--max-seq-len, or what tokenizer and model take at most."""
-        return self._limit[0]
+        return self.limit[0]
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """Pad token lists to one length: the longest's, or --max-seq-len."""
@@ -515,8 +546,9 @@ class DatasetBase(ABC):
         )
         return self._loader(examples, batches)
 
-    def _loader(self, examples: list[Example], batches: Sampler[list[int]]) -> DataLoader:
-        return DataLoader(
+    def _loader(self, examples: list[Example], batches: Sampler[list[int]]) -> Batches:
+        return Batches(
+            self.target_ids,
             examples,
             batch_sampler=batches,
             collate_fn=self.collate,

@@ -63,7 +63,7 @@ class MultipleChoice(DatasetBase):
         """Tokens of the prompt. One that is too long loses the end of its context, nothing else."""
         head, context, tail = self._prompt(row)
         ids = self._tokenize(head + context + tail)
-        most, reason = self._limit
+        most, reason = self.limit
         cut = len(ids) > most
         while len(ids) > most:
             words = self.tokenizer(context, add_special_tokens=False).input_ids

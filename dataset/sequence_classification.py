@@ -18,7 +18,7 @@ class SequenceClassification(DatasetBase):
         """Tokens of the sentences, with `token_type_ids` where the tokenizer makes them."""
         texts = self._sentences(row)
         encoded = dict(self.tokenizer(*texts))
-        most, reason = self._limit
+        most, reason = self.limit
         cut = len(encoded["input_ids"]) > most
         if cut:
             if self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2) >= most:

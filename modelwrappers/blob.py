@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelwrappers.lora.draws import Draws
 from modelwrappers.lora.stochastic import (
     RHO,
-    Draws,
     GaussianPosterior,
     add_kl_gradients,
     attach_posterior,
@@ -50,10 +50,12 @@ class BLoB(GaussianPosterior, WrapperBase):
     learning_rate_flags = ("--lr", "--bayes-kllr")
     posterior_flags = ("bayes_beta", "flipout", "bayes_inference_notsample")
 
-    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
-        super().__init__(model, peft_config, args, accelerator, adapter_name)
-        self.draws = Draws(args.flipout)
-        attach_posterior(self, adapter_name, args.bayes_eps, self.draws)
+    def __init__(
+        self, model, peft_config, args=None, accelerator=None, adapter_name="default", **settings
+    ) -> None:
+        super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
+        self.draws = Draws(self.args.flipout)
+        attach_posterior(self, adapter_name, self.args.bayes_eps, self.draws)
         self.kl_step = 0  # updates of the KL's weight done
         self.num_kl_batches = 1
 
@@ -157,8 +159,7 @@ class BLoB(GaussianPosterior, WrapperBase):
 
     # --- adapters on disk -------------------------------------------------------------------------
 
-    def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors = super()._adapter_tensors(tensors)
+    def completed_adapter(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         spreads = [key for key in tensors if key.endswith(RHO)]
         flat = next((key for key in spreads if (tensors[key] == 0).any()), None)
         if flat is not None and (self.args.max_train_steps or self.args.n_epochs):

@@ -8,7 +8,7 @@ interleaved on the same batches and averages logits.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from modelwrappers.lora.backbone import adapter_folder, head_modules
+from modelwrappers.engine.posterior import adapter_folder
+from modelwrappers.lora.heads import head_modules, head_roots
 from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.args import whole
 from utils.errors import UsageError
@@ -36,17 +37,18 @@ class DeepEnsemble(WrapperBase):
         *(f"member{{n}}/{name}" for name in WrapperBase.adapter_files[:2]),
     )
 
-    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
-        size = args.ensemble_n or _members_of(adapter_folder(args))
-        heads = head_modules(model) if args.model_type == "seqcls" else []
+    def __init__(
+        self, model, peft_config, args=None, accelerator=None, adapter_name="default", **settings
+    ) -> None:
+        heads = head_modules(model) if head_roots(model) else []
         if heads:
             _give_heads_of_their_own(peft_config, heads)
-        super().__init__(model, peft_config, args, accelerator, adapter_name)
+        super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
+        size = self.args.ensemble_n or _members_of(adapter_folder(self.args))
         self.members = [adapter_name, *(f"member{i}" for i in range(1, size))]
         for name in self.members[1:]:
             self.add_adapter(name, peft_config)
             self._renew_head(name, heads)
-        self.eval_n_samples = size
         self.member = 0
         self.set_adapter(adapter_name)
 
@@ -72,7 +74,6 @@ class DeepEnsemble(WrapperBase):
 
     def fit(self, train_loader: Iterable[Batch], eval_loader=None) -> None:
         """Train every member in turn; a resumed run goes on in the member it was in."""
-        self._resume_once()
         for member in range(self.member, len(self.members)):
             if member > self.member:
                 self._begin(member)
@@ -83,18 +84,12 @@ class DeepEnsemble(WrapperBase):
             super().fit(train_loader, eval_loader)
 
     def _begin(self, member: int) -> None:
-        """Make `member` the one that is trained, with optimizers and noise of its own."""
+        """Make `member` the one that is trained, with a loop, optimizers and noise of its own."""
         self.member = member
         self.set_adapter(self.members[member])
-        self.step, self._position = 0, (0, 0)
-        self.configure_optimizers()
-        self._renew_view()
+        self.begin_loop(steps_before=member * self.last_step)
         rank = self.accelerator.process_index
         torch.manual_seed(mix_seed("training noise", self.args.seed_sampling, rank, member))
-
-    @property
-    def global_step(self) -> int:
-        return self.member * self.last_step + self.step
 
     def state_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those of all members: the finished ones are part of the state, too."""
@@ -127,11 +122,8 @@ class DeepEnsemble(WrapperBase):
         weights would be no member's function.
         """
         if self.training:
-            return self._batch_logits(batch).unsqueeze(1)
-        if self._shares_positions:
-            logits = self._member_by_member(batch)
-        else:
-            logits = self._mixed_batches(batch)
+            return self.batch_logits(batch).unsqueeze(1)
+        logits = torch.cat(list(self.draw_logits(batch, n_samples))).transpose(0, 1)
         if self.args.ensemble_average == "logits":
             return logits.mean(1, keepdim=True)
         if sample:
@@ -140,30 +132,26 @@ class DeepEnsemble(WrapperBase):
 
     def _ready(self) -> list[str]:
         """The members that have been trained: while one is in training, those up to it."""
-        is_training = self.step < getattr(self, "last_step", 0)
+        is_training = self.step < self.last_step
         return self.members[: self.member + 1] if is_training else self.members
 
-    def _member_by_member(self, batch: Batch) -> Float[Tensor, "B M C"]:
-        active = self.active_adapter
-        parts = []
-        for name in self._ready():
-            self.set_adapter(name)
-            parts.append(self._batch_logits(batch))
-        self.set_adapter(active)
-        return torch.stack(parts, dim=1)
+    def draw_logits(self, batch: Batch, n_samples: int) -> Iterator[Float[Tensor, "m B C"]]:
+        """The logits of all members that are ready, several of them in one mixed batch."""
+        members, rows = self._ready(), len(batch["input_ids"])
 
-    def _mixed_batches(self, batch: Batch) -> Float[Tensor, "B M C"]:
-        rows = batch["input_ids"].shape[0]
-        most = max(1, self.args.eval_batch_size // rows)
-        members, parts = self._ready(), []
-        with self._in_step(-(-len(members) // most), batch):
-            for start in range(0, len(members), most):
-                names = members[start : start + most]
-                stacked = {key: torch.cat([value] * len(names)) for key, value in batch.items()}
+        def forward(stacked: Batch, copies: range) -> Tensor:
+            names = members[copies.start : copies.stop]
+            if not self.shares_positions:
                 adapter_names = [name for name in names for _ in range(rows)]
-                logits = self._batch_logits(stacked, adapter_names=adapter_names)  # (M*B, C)
-                parts.append(logits.unflatten(0, (len(names), rows)))
-        return torch.cat(parts).transpose(0, 1)  # (B, M, C)
+                return self.batch_logits(stacked, adapter_names=adapter_names)
+            active = self.active_adapter  # one at a time, which is then the active one
+            self.set_adapter(names[0])
+            try:
+                return self.batch_logits(stacked)
+            finally:
+                self.set_adapter(active)
+
+        return self.copies_logits(batch, len(members), forward)
 
     # --- members ----------------------------------------------------------------------------------
 

@@ -19,8 +19,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -33,18 +32,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
-from modelwrappers.lora.backbone import head_modules
+from modelwrappers.engine.prediction import gather_rows
+from modelwrappers.engine.results import peak_memory
+from modelwrappers.lora.backbone import adapter_acts
 from modelwrappers.lora.curvature import (
     CURVATURES,
     Projection,
     Tape,
     softmax_hessian_root,
 )
+from modelwrappers.lora.heads import head_modules
 from modelwrappers.lora.sharding import shards_base
-from modelwrappers.wrapperbase import Batch, WrapperBase, adapter_acts, peak_memory
-from utils.args import between, whole
+from modelwrappers.wrapperbase import Batch, WrapperBase
+from utils.args import between, check_own_data, whole
 from utils.errors import RunError, UsageError, quoted
-from utils.files import write_tensors
 from utils.logging import logger
 from utils.metrics import negative_log_likelihood, posterior_predictive
 from utils.records import (
@@ -54,7 +55,6 @@ from utils.records import (
     Positive,
     Record,
     check_tensor,
-    read_tensors,
 )
 from utils.seeding import mix_seed
 
@@ -114,6 +114,7 @@ class Laplace(WrapperBase):
     is_stochastic = True
     Description = Description
     adapter_files = (*WrapperBase.adapter_files, FACTORS_FILE)
+    posterior_file = FACTORS_FILE
     posterior_flags = (
         "laplace_layers",
         "laplace_hessian",
@@ -122,15 +123,17 @@ class Laplace(WrapperBase):
         "bayes_inference_notsample",
     )
 
-    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
+    def __init__(
+        self, model, peft_config, args=None, accelerator=None, adapter_name="default", **settings
+    ) -> None:
         head = head_modules(model)[-1:]
-        super().__init__(model, peft_config, args, accelerator, adapter_name)
-        if self._shares_positions:
+        super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
+        if self.shares_positions:
             raise UsageError(
                 "Laplace needs the Jacobian of each example, but this DeBERTa sends one table of "
                 "positions for all of them through its adapted layers; choose another model."
             )
-        if shards_base(accelerator):
+        if shards_base(self.accelerator):
             raise UsageError(
                 "Laplace takes the gradients of each row by itself, and processes that gather one "
                 "base together would wait for each other; launch it without FSDP, e.g. with "
@@ -140,7 +143,7 @@ class Laplace(WrapperBase):
         self.posterior = None  # of laplace-torch; None while the adapter is a point estimate
         self.projections: list[Projection] = []
         self.description: dict[str, Any] = {}
-        self.hessian = args.laplace_hessian
+        self.hessian = self.args.laplace_hessian
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -214,7 +217,7 @@ class Laplace(WrapperBase):
         """Curvature of the training set, then the prior precision; not for a loaded posterior."""
         if self.posterior is not None:
             return
-        self.check_own_data()
+        check_own_data(self.args)
         device = self.accelerator.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -225,13 +228,14 @@ class Laplace(WrapperBase):
         self.posterior.loss, self.posterior.n_data = loss, num_rows
         self._set_prior_precision()
         evidence = self.posterior.log_marginal_likelihood().item()
+        factors = self.posterior_tensors().values()
         self.description = {
             "hessian": self.hessian,
             "prior_precision": self.posterior.prior_precision.item(),
             "log_marginal_likelihood": evidence,
             "n_parameters": self.posterior.n_params,
             "n_examples": num_rows,
-            "factor_bytes": sum(t.numel() * t.element_size() for t in self._tensors().values()),
+            "factor_bytes": sum(t.numel() * t.element_size() for t in factors),
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(device),  # of the process, on a GPU of the fit alone
             "peak_memory_before_bytes": peak_before,
@@ -268,7 +272,7 @@ class Laplace(WrapperBase):
         model's own logits (N = 1).
         """
         if self.posterior is None or not sample or not adapter_acts(self):
-            return self._batch_logits(batch).unsqueeze(1)
+            return self.batch_logits(batch).unsqueeze(1)
         # Mixed precision is for the model: a covariance in bfloat16 would be none.
         with torch.autocast(self.accelerator.device.type, enabled=False):
             mean, covariance = self.linearised(batch)
@@ -283,7 +287,8 @@ class Laplace(WrapperBase):
             for logits, jacobians, beyond in self._jacobians(batch)
         ]
         mean, covariance = (torch.cat(column) for column in zip(*parts, strict=True))
-        # A row that has no numbers keeps none: the evaluation names it.
+        # eigh would raise on a row whose numbers are not finite: it gets no covariance and a mean
+        # of NaN, and the evaluation names it.
         broken = ~(covariance.flatten(1).isfinite().all(1) & mean.isfinite().all(1))
         return (
             mean.masked_fill(broken[:, None], torch.nan),
@@ -295,15 +300,15 @@ class Laplace(WrapperBase):
 
         As many rows at a time as training takes, or fewer where the Jacobians are long.
         """
-        beyond = self._rows_beyond()
-        classes = self.dataset_classes
+        beyond = self._unfitted_rows()
+        classes = self.num_classes
         size = max(1, min(self.args.batch_size, 2**28 // (classes * self.posterior.n_params)))
         for rows in _slices(batch, size):
             # An evaluation runs in inference mode, whose tensors no gradient may come from.
             with torch.inference_mode(False), torch.enable_grad():
                 inputs = {key: value.clone() for key, value in rows.items()}
                 with Tape([*self.projections, *beyond]) as tape, self.accelerator.autocast():
-                    logits = self._batch_logits(inputs)
+                    logits = self.batch_logits(inputs)
                 jacobians = tape.jacobians(logits)
             inside = self.posterior.n_params
             yield logits.detach().float(), jacobians[..., :inside], jacobians[..., inside:]
@@ -315,9 +320,9 @@ class Laplace(WrapperBase):
         return covariance + beyond @ beyond.mT / self.posterior.prior_precision.item()
 
     @property
-    def dataset_classes(self) -> int:
+    def num_classes(self) -> int:
         """C, as far as memory is concerned."""
-        return len(self.target_ids) if self.is_causal else self.base_model.config.num_labels
+        return len(self.answer_tokens) if self.is_causal else self.base_model.config.num_labels
 
     # --- what the posterior covers ----------------------------------------------------------------
 
@@ -375,12 +380,12 @@ class Laplace(WrapperBase):
             )
         return projections
 
-    def _rows_beyond(self) -> list[Projection]:
+    def _unfitted_rows(self) -> list[Projection]:
         """The head's rows of answer tokens that the posterior was not fitted on."""
         beyond = []
         for name, module, rows in self.projections:
             if rows is not None:
-                others = self.target_ids[~torch.isin(self.target_ids, rows)]
+                others = self.answer_tokens[~torch.isin(self.answer_tokens, rows)]
                 beyond += [Projection(name, module, others)] if len(others) else []
         return beyond
 
@@ -403,7 +408,7 @@ class Laplace(WrapperBase):
                 for rows in _slices(batch, self.args.batch_size):
                     new, labels = rows.pop("new"), rows["labels"]
                     with Tape(self.projections) as tape, accelerator.autocast():
-                        logits = self._batch_logits(self.model_inputs(rows)).float()
+                        logits = self.batch_logits(self.model_inputs(rows)).float()
                     if not logits.isfinite().all():
                         raise RunError(
                             f"the logits of the training rows {rows['index'].tolist()} are not "
@@ -482,7 +487,12 @@ class Laplace(WrapperBase):
                         drawn = _draws(logits, covariance, noise)
                     values.append(posterior_predictive(drawn.float().log_softmax(-1)))
         gathered = [
-            self._gather(torch.cat(values).unsqueeze(1), torch.cat(labels), torch.cat(index))
+            gather_rows(
+                self.accelerator,
+                torch.cat(values).unsqueeze(1),
+                torch.cat(labels),
+                torch.cat(index),
+            )
             for values in log_probs
         ]
         nll = [negative_log_likelihood(p.log_probs[:, 0], p.labels) for p in gathered]
@@ -490,9 +500,11 @@ class Laplace(WrapperBase):
 
     # --- on disk ----------------------------------------------------------------------------------
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def posterior_tensors(self) -> dict[str, Tensor]:
         """The posterior's factors: eigenvectors and eigenvalues, by projection."""
         tensors = {}
+        if self.posterior is None:
+            return tensors
         for i, block in enumerate(self.posterior.blocks):
             for j, (vectors, values) in enumerate(block):
                 tensors |= {f"{i}.{j}.vectors": vectors, f"{i}.{j}.values": values}
@@ -501,12 +513,9 @@ class Laplace(WrapperBase):
                 tensors["rows"] = projection.rows
         return tensors
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        super().save_pretrained(save_directory, **kwargs)
-        if self.posterior is not None and kwargs.get("is_main_process", True):
-            write_tensors(Path(save_directory) / FACTORS_FILE, self._tensors(), {})
-
-    def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
+    def take_posterior(
+        self, folder: Path, record: PosteriorRecord | None, tensors: Mapping[str, Tensor]
+    ) -> None:
         """The curvature of an adapter that was fitted already."""
         if record is None:
             return
@@ -517,7 +526,7 @@ class Laplace(WrapperBase):
         found = self.described(record, where)
         if found.laplace is None:  # saved before it was fitted
             return
-        self._take_factors(found, read_tensors(folder / FACTORS_FILE, "--load-lora-path"), where)
+        self._take_factors(found, dict(tensors), where)
         given = self.args.given
         if isinstance(given.get("laplace_prior_precision"), float):
             self.posterior.prior_precision = given["laplace_prior_precision"]
@@ -602,94 +611,20 @@ def _is_orthonormal(vectors: Tensor) -> bool:
     )
 
 
-@cache
 def _posterior_class(structure: str):
-    """laplace-torch's class for a structure of the curvature, which is given and not computed.
+    """laplace-torch's class for a structure of the curvature, imported where it is needed.
 
-    The library is imported here, where it is needed.
+    Raises:
+        UsageError: the library is not there.
     """
     try:
-        from laplace import DiagLaplace, KronLaplace
-        from laplace.utils.matrix import KronDecomposed
+        from modelwrappers.lora.laplace_torch import POSTERIORS
     except ImportError as error:
         raise UsageError(
             f"Laplace needs laplace-torch, which cannot be imported ({error}); run: "
             "pip install --no-deps -r requirements-laplace.txt"
         ) from None
-
-    class LowRankKron(KronDecomposed):
-        """Eigenvectors (p, k) of a factor may be few: on the rest of the space it is 0."""
-
-        def __add__(self, deltas: Tensor) -> LowRankKron:
-            return LowRankKron(self.eigenvectors, self.eigenvalues, self.deltas + deltas)
-
-        def __mul__(self, scalar: float) -> LowRankKron:
-            scaled = super().__mul__(scalar)
-            return LowRankKron(scaled.eigenvectors, scaled.eigenvalues, scaled.deltas)
-
-        def logdet(self) -> Tensor:
-            total = torch.zeros((), dtype=self.deltas.dtype, device=self.deltas.device)
-            for vectors, values, delta in self._blocks():
-                spectrum = _outer(values)
-                size = math.prod(len(q) for q in vectors)
-                total = total + (spectrum + delta).log().sum()
-                total = total + (size - spectrum.numel()) * delta.log()
-            return total
-
-        def _bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
-            parts, start = [], 0
-            for vectors, values, delta in self._blocks():
-                shape = [len(q) for q in vectors]
-                block = W[..., start : start + math.prod(shape)].unflatten(-1, shape)
-                inside = _project(block, [q.mT for q in vectors])
-                outside = block - _project(inside, vectors)
-                scale = (_outer(values) + delta).pow(exponent).to(W.dtype)
-                result = _project(inside * scale, vectors)
-                if scale.numel() < math.prod(shape):
-                    result = result + delta.pow(exponent).to(W.dtype) * outside
-                parts.append(result.flatten(-len(shape)))
-                start += math.prod(shape)
-            return torch.cat(parts, dim=-1)
-
-        def inv_square_form(self, W: Tensor) -> Tensor:
-            root = self._bmm(W, -0.5)  # symmetric and never negative, whatever the rounding
-            return root @ root.mT
-
-        def _blocks(self):
-            return zip(self.eigenvectors, self.eigenvalues, self.deltas, strict=True)
-
-    class GivenKron(KronLaplace):
-        """Kronecker-factored curvature, or with one block of one factor the whole of it."""
-
-        def _init_H(self) -> None:
-            self.H = self.H_facs = None  # the library would allocate every dense factor
-
-        def take(self, blocks: list[list[tuple[Tensor, Tensor]]]) -> None:
-            vectors = [[q for q, _ in block] for block in blocks]
-            self.H = self.H_facs = LowRankKron(vectors, [[v for _, v in block] for block in blocks])
-
-    class GivenDiagonal(DiagLaplace):
-        """Diagonal curvature."""
-
-        def take(self, blocks: list[list[tuple[Tensor, Tensor]]]) -> None:
-            self.H = blocks[0][0][1]
-
-        def functional_variance(self, Js: Tensor) -> Tensor:
-            root = Js * self.posterior_scale.to(Js.dtype)
-            return root @ root.mT
-
-    return {"kron": GivenKron, "full": GivenKron, "diag": GivenDiagonal}[structure]
-
-
-def _outer(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.outer(*values)
-
-
-def _project(block: Tensor, factors: list[Tensor]) -> Tensor:
-    """(Q1 x Q2) applied to blocks (..., p1, p2), or Q to vectors (..., p)."""
-    if len(factors) == 1:
-        return block @ factors[0].mT
-    return factors[0] @ block @ factors[1].mT
+    return POSTERIORS[structure]
 
 
 def _slices(batch: Batch, size: int) -> Iterator[Batch]:

@@ -22,9 +22,11 @@ class MCDropout(WrapperBase):
     is_stochastic = True
     posterior_flags = ("bayes_inference_notsample",)
 
-    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
+    def __init__(
+        self, model, peft_config, args=None, accelerator=None, adapter_name="default", **settings
+    ) -> None:
         _check_dropout(peft_config.lora_dropout)
-        super().__init__(model, peft_config, args, accelerator, adapter_name)
+        super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
 
     @classmethod
     def check_arguments(cls, args) -> None:

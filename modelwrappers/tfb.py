@@ -10,7 +10,7 @@ adapter; its draws run on the layer that BLoB's do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,16 +20,16 @@ from pydantic import Field
 from torch import Tensor
 
 from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
+from modelwrappers.lora.draws import Draws
 from modelwrappers.lora.stochastic import (
     RHO,
-    Draws,
     GaussianPosterior,
     attach_posterior,
     posterior_mean,
     spread_tensors,
 )
 from modelwrappers.wrapperbase import Batch, WrapperBase
-from utils.args import above, add_switch, whole
+from utils.args import above, add_switch, check_own_data, whole
 from utils.errors import RunError, UsageError
 from utils.logging import logger, notice_once
 from utils.metrics import negative_log_likelihood, posterior_predictive
@@ -70,13 +70,15 @@ class TFB(GaussianPosterior, WrapperBase):
     Description = Description
     posterior_flags = ("flipout", "bayes_inference_notsample")
 
-    def __init__(self, model, peft_config, args, accelerator, adapter_name="default") -> None:
-        super().__init__(model, peft_config, args, accelerator, adapter_name)
-        self.draws = Draws(args.flipout)
+    def __init__(
+        self, model, peft_config, args=None, accelerator=None, adapter_name="default", **settings
+    ) -> None:
+        super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
+        self.draws = Draws(self.args.flipout)
         attach_posterior(self, adapter_name, 1.0, self.draws)
         self.sigma: float | None = None
         self.search: list[dict[str, float | bool]] = []
-        self.criterion, self.tolerance = args.tfb_criterion, args.th
+        self.criterion, self.tolerance = self.args.tfb_criterion, self.args.th
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -138,7 +140,9 @@ class TFB(GaussianPosterior, WrapperBase):
 
     # --- the method -------------------------------------------------------------------------------
 
-    def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
+    def take_posterior(
+        self, folder: Path, record: PosteriorRecord | None, tensors: Mapping[str, Tensor]
+    ) -> None:
         """Rotate every layer; an adapter that TFB has searched already is taken as it is."""
         found = (
             self.described(record, f"--load-lora-path: {folder / RECORD_FILE}")
@@ -157,8 +161,8 @@ class TFB(GaussianPosterior, WrapperBase):
             self.sigma,
         )
 
-    def _adapter_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return spread_tensors(self, self.active_adapter) | super()._adapter_tensors(tensors)
+    def completed_adapter(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return spread_tensors(self, self.active_adapter) | tensors
 
     def fit_posterior(self) -> None:
         if self.sigma is not None:
@@ -168,7 +172,7 @@ class TFB(GaussianPosterior, WrapperBase):
             set_spread(self, self.active_adapter, self.sigma)
             logger.info("TFB: sigma_q = %.5g (--bayes-beta), without a search", self.sigma)
             return
-        self.check_own_data()
+        check_own_data(self.args)
         self.sigma = self._largest_sigma(self.dataset.anchor_dataloader)
         logger.info("TFB: sigma_q = %.5f", self.sigma)
 
@@ -178,16 +182,14 @@ class TFB(GaussianPosterior, WrapperBase):
         Raises:
             RunError: not even the smallest does.
         """
-        draws = self.eval_n_samples or self.args.bayes_eval_n_samples_final
-        self.eval_n_samples = 0
-        mean = posterior_predictive(self.predict(anchors).log_probs)
+        draws = self.args.bayes_eval_n_samples_final
+        mean = posterior_predictive(self.predict(anchors, n_samples=0).log_probs)
         labels = mean.argmax(-1)  # the adapter's own answers: no labels are needed
         reference = negative_log_likelihood(mean, labels)
-        self.eval_n_samples = draws
 
         def meets_tolerance(sigma: float) -> bool:
             set_spread(self, self.active_adapter, sigma)
-            log_probs = posterior_predictive(self.predict(anchors).log_probs)
+            log_probs = posterior_predictive(self.predict(anchors, draws).log_probs)
             if self.args.tfb_criterion == "nll":
                 # the adapter may be sure of every anchor
                 difference = abs(negative_log_likelihood(log_probs, labels) - reference)
@@ -216,8 +218,6 @@ class TFB(GaussianPosterior, WrapperBase):
                 )
             best = SMALLEST_SIGMA
         set_spread(self, self.active_adapter, best)
-        if self.args.bayes_inference_notsample:
-            self.eval_n_samples = 0
         return best
 
 

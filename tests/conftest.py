@@ -197,19 +197,10 @@ def run_folder(flags: list[str]) -> Path:
 
 def build(flags: list[str]):
     """(args, dataset, wrapper) as `main` builds them, prepared but not trained."""
-    from accelerate.utils import set_seed
-
-    from dataset import build_dataset
-    from modelwrappers import build_wrapper
-
     args = main.parse_args(flags)
-    accelerator = main.build_accelerator(args)
-    set_seed(args.seed)
-    dataset = build_dataset(args, accelerator)
-    wrapper = build_wrapper(args, dataset.num_labels, accelerator)
+    wrapper = main.assemble(args)
     wrapper.run_folder.path.mkdir(parents=True, exist_ok=True)
-    wrapper.prepare_for_fit_evaluate(dataset)
-    return args, dataset, wrapper
+    return args, wrapper.dataset, wrapper
 
 
 def kill_and_resume(flags: list[str], method: type, when, monkeypatch) -> None:

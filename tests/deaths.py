@@ -244,19 +244,22 @@ def difference(found: dict, expected: dict) -> list[str]:
     ]
 
 
-def stop_at(step: int, number: int = signal.SIGTERM, times: int = 1, where="_update") -> None:
-    """Have signals come where a method of the wrapper begins, at update `step`."""
+def stop_at(step: int, number: int = signal.SIGTERM, times: int = 1, where="update") -> None:
+    """Have signals come where something of the loop or the wrapper begins, at update `step`."""
+    from modelwrappers.engine import results
+    from modelwrappers.engine.training import Loop
     from modelwrappers.wrapperbase import WrapperBase
 
-    original = getattr(WrapperBase, where)
+    owner = next(o for o in (Loop, WrapperBase, results) if hasattr(o, where))
+    original = getattr(owner, where)
 
-    def signalled(self, *arguments, **kwargs):
-        if self.global_step == step:
+    def signalled(first, *arguments, **kwargs):
+        if first.global_step == step:
             for _ in range(times):
                 os.kill(os.getpid(), number)
-        return original(self, *arguments, **kwargs)
+        return original(first, *arguments, **kwargs)
 
-    setattr(WrapperBase, where, signalled)
+    setattr(owner, where, signalled)
 
 
 def signals(scenario: dict, work: Path) -> dict:

@@ -18,6 +18,7 @@ from accelerate.state import PartialState
 from torch.distributed.tensor import DTensor
 
 import main
+from modelwrappers.engine.training import Loop
 from modelwrappers.wrapperbase import WrapperBase
 
 # A run ends by leaving its process group; here the next case needs it.
@@ -49,7 +50,7 @@ def update_and_signal(self, batches):
     return update(self, batches)
 
 
-update, WrapperBase._update = WrapperBase._update, update_and_signal
+update, Loop.update = Loop.update, update_and_signal
 fit, WrapperBase.fit = WrapperBase.fit, fit_and_compare
 settle, WrapperBase.settle = WrapperBase.settle, settle_and_look
 

@@ -221,7 +221,7 @@ def test_stock_peft_reads_what_is_saved(kind, head, request, tiny_llama, tiny_be
     )
     wrapper.eval()
     batch = wrapper.model_inputs(next(iter(dataset.test_dataloader)))
-    torch.testing.assert_close(wrapper.class_logits(stock(**batch)), wrapper._batch_logits(batch))
+    torch.testing.assert_close(wrapper.class_logits(stock(**batch)), wrapper.batch_logits(batch))
     stored = load_file(folder / "predictions.safetensors")["log_probs"]
     again = wrapper.predict(dataset.test_dataloader).log_probs
     torch.testing.assert_close(again, stored, rtol=1e-5, atol=1e-6)
@@ -247,7 +247,7 @@ def test_what_stock_peft_saves_is_loaded(causal_flags, tiny_llama, tmp_path):
     _, dataset, wrapper = build(flags)
     batch = wrapper.model_inputs(next(iter(dataset.test_dataloader)))
     expected = wrapper.class_logits(stock.eval()(**batch))
-    torch.testing.assert_close(wrapper.eval()._batch_logits(batch), expected)
+    torch.testing.assert_close(wrapper.eval().batch_logits(batch), expected)
 
 
 def test_training_goes_on_from_a_loaded_adapter(causal_flags):

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 import main
 from modelwrappers import backbone, stochastic_lora
 from modelwrappers.blob import BLoB
+from modelwrappers.engine.adapter_config import read_adapter_config
+from modelwrappers.engine.posterior import adapter_folder
 
 REFERENCE = Path(__file__).parent / "reference" / "blob_trajectory"
 PREFIX = "base_model.model."
@@ -265,10 +267,10 @@ def test_draws_are_chunked_by_eval_batch_size(causal_flags, monkeypatch):
     flags += ["--eval-batch-size", "20", "--flipout", "none"]
     _, dataset, wrapper = build(flags)
     rows = []
-    original = BLoB._batch_logits
+    original = BLoB.batch_logits
     monkeypatch.setattr(
         BLoB,
-        "_batch_logits",
+        "batch_logits",
         lambda self, batch: rows.append(len(batch["input_ids"])) or original(self, batch),
     )
     batch = wrapper.model_inputs(next(iter(dataset.train_dataloader)))
@@ -307,7 +309,9 @@ def test_notsample_predicts_with_the_posterior_mean(causal_flags):
 def test_a_published_adapter_loads_with_its_posterior(tmp_path):
     """Doubled prefix, lora_A_rho, the whole base head riding along."""
     args, model = _reference_flags(tmp_path)
-    config = backbone.lora_config(args, model)
+    config = backbone.lora_config(
+        args, model, read_adapter_config(REFERENCE / "adapter", "--load-lora-path")
+    )
     wrapper = BLoB(model, config, args, main.build_accelerator(args))
     wrapper.load_adapter_weights(REFERENCE / "adapter")
     stored = load_file(REFERENCE / "adapter" / "adapter_model.safetensors")
@@ -365,7 +369,7 @@ def test_an_adapter_in_a_hub_repo_is_downloaded_by_subfolder(tmp_path, monkeypat
     args, _ = _reference_flags(
         tmp_path, "--load-lora-huggingface-repo", "owner/repo", "--load-lora-path", "blob/seed1"
     )
-    assert backbone.adapter_folder(args) == repo / "blob" / "seed1"
+    assert adapter_folder(args) == repo / "blob" / "seed1"
     assert asked == {"repo_id": "owner/repo", "allow_patterns": ["blob/seed1/*"]}
 
 

@@ -33,7 +33,7 @@ def test_a_mixed_batch_equals_evaluation_member_by_member(kind, request):
         wrapper.set_adapter(name)
         for batch in dataset.test_dataloader:
             with torch.no_grad():
-                alone = wrapper._batch_logits(wrapper.model_inputs(batch)).log_softmax(-1)
+                alone = wrapper.batch_logits(wrapper.model_inputs(batch)).log_softmax(-1)
             torch.testing.assert_close(mixed[batch["index"], number], alone, rtol=1e-5, atol=1e-5)
     assert mixed.std(1).min() > 0, "members differ"
 

@@ -196,12 +196,12 @@ class Logits(nn.Module):
         self.wrapper = wrapper
 
     def forward(self, inputs):
-        return self.wrapper._batch_logits(inputs)
+        return self.wrapper.batch_logits(inputs)
 
 
 def recorded(wrapper, batch):
     with Tape(wrapper.projections) as tape:
-        logits = wrapper._batch_logits(wrapper.model_inputs(batch))
+        logits = wrapper.batch_logits(wrapper.model_inputs(batch))
     return tape, logits
 
 
@@ -355,7 +355,7 @@ def test_the_linearised_predictive_is_j_sigma_j(kind, request):
     weights = [projection.module.weight for projection in wrapper.projections]
 
     def jacobians_of(batch):
-        logits = wrapper._batch_logits(wrapper.model_inputs(batch))
+        logits = wrapper.batch_logits(wrapper.model_inputs(batch))
         rows = [
             torch.cat([g.flatten() for g in torch.autograd.grad(f, weights, retain_graph=True)])
             for f in logits.flatten()
@@ -488,7 +488,7 @@ def test_answers_that_were_not_trained_have_the_priors_variance(causal_flags):
     hidden = []
     hook = head.lora_B["default"].register_forward_pre_hook(lambda m, x: hidden.append(x[0]))
     with torch.no_grad():
-        wrapper._batch_logits(inputs)
+        wrapper.batch_logits(inputs)
     hook.remove()
     own = (head.scaling["default"] * hidden[0][:, -1].double()).square().sum(-1) / 2.0
     for new in (2, 3):  # these rows of B are 0, so A adds nothing

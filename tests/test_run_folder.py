@@ -428,7 +428,7 @@ def interrupted(flags) -> Path:
     folder = run_folder(flags)
     write_json(folder / "args.json", {"args": args.as_dict()})
     wrapper.step = 2
-    wrapper._save_state()
+    wrapper.loop.save_state()
     return folder
 
 

@@ -10,17 +10,19 @@ from torch import nn
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
 
+from modelwrappers.lora.draws import (
+    Draws,
+    FlipSigns,
+    NoisyProjection,
+    flip_signs,
+    random_signs,
+)
 from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.stochastic import (
-    Draws,
-    _FlipSigns,
-    _NoisyProjection,
     add_kl_gradients,
     attach_posterior,
-    flip_signs,
     kl_divergence,
     posterior_parameters,
-    random_signs,
 )
 from utils.errors import UsageError
 
@@ -169,9 +171,9 @@ def test_gradients_of_the_noisy_projection_are_numerically_right(flipout):
     signs_in = random_signs(x.shape, flipout, x.device)
     signs_out = random_signs((4, 3, 5), flipout, x.device)
     assert torch.autograd.gradcheck(
-        lambda x, noise: _NoisyProjection.apply(x, noise, signs_in, signs_out), (x, noise)
+        lambda x, noise: NoisyProjection.apply(x, noise, signs_in, signs_out), (x, noise)
     )
-    assert torch.autograd.gradcheck(lambda x: _FlipSigns.apply(x, signs_in), (x,))
+    assert torch.autograd.gradcheck(lambda x: FlipSigns.apply(x, signs_in), (x,))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

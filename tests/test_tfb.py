@@ -92,11 +92,9 @@ def test_the_tolerance_is_kept_and_the_largest_such_sigma_is_taken(kind, criteri
     assert len(wrapper.search) == 6
     assert wrapper.sigma == max(accepted) and all(r > wrapper.sigma for r in rejected)
     # independently: the spread that is in place keeps the tolerance
-    wrapper.eval_n_samples = 0
-    mean = posterior_predictive(wrapper.predict(dataset.anchor_dataloader).log_probs)
+    mean = posterior_predictive(wrapper.predict(dataset.anchor_dataloader, 0).log_probs)
     labels = mean.argmax(-1)
-    wrapper.eval_n_samples = 10
-    drawn = posterior_predictive(wrapper.predict(dataset.anchor_dataloader).log_probs)
+    drawn = posterior_predictive(wrapper.predict(dataset.anchor_dataloader, 10).log_probs)
     reference = negative_log_likelihood(mean, labels)
     change = {
         "nll": abs(negative_log_likelihood(drawn, labels) - reference) / reference,

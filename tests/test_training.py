@@ -184,13 +184,13 @@ def test_early_stop_ends_a_longer_schedule(causal_flags):
 def test_nan_loss_stops_the_run_with_step_and_rows(causal_flags, monkeypatch):
     from modelwrappers.wrapperbase import WrapperBase
 
-    original = WrapperBase._batch_logits
+    original = WrapperBase.batch_logits
 
     def poisoned(self, batch):
         logits = original(self, batch)
         return logits * float("nan") if self.training and self.step == 3 else logits
 
-    monkeypatch.setattr(WrapperBase, "_batch_logits", poisoned)
+    monkeypatch.setattr(WrapperBase, "batch_logits", poisoned)
     flags = [*causal_flags, "--modelwrapper", "mle", "--max-train-steps", "7"]
     with pytest.raises(RunError, match=r"nan at update 4, on the rows \[\d+(, \d+){7}\]"):
         main.main(flags)
@@ -229,7 +229,7 @@ def test_logits_to_keep_gives_the_logits_of_the_whole_sequence(causal_flags):
     wrapper.eval()
     inputs = wrapper.model_inputs(next(iter(dataset.test_dataloader)))
     whole = wrapper.class_logits(wrapper.base_model(**inputs))
-    torch.testing.assert_close(wrapper._batch_logits(inputs), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(wrapper.batch_logits(inputs), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_evaluate_restores_the_mode_it_found(causal_flags):

@@ -299,7 +299,7 @@ def test_a_pattern_of_layers_means_what_it_means_to_peft(causal_flags, tiny_llam
     assert adapted == {n for n, _ in stock.named_parameters() if "lora_A" in n}
     batch = wrapper.model_inputs(next(iter(dataset.test_dataloader)))
     expected = wrapper.class_logits(stock.eval()(**batch))
-    torch.testing.assert_close(wrapper.eval()._batch_logits(batch), expected)
+    torch.testing.assert_close(wrapper.eval().batch_logits(batch), expected)
     again = tmp_path / "again"
     wrapper.save_pretrained(str(again))
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)

@@ -136,8 +136,7 @@ class CustomWrapper(WrapperBase):
     assert draws.shape == (37, 10, 5) and draws.std(1).min() > 0
     again = wrapper.predict(dataset.test_dataloader).log_probs
     assert torch.equal(draws, again), "an evaluation repeats itself"
-    wrapper.eval_n_samples = 0
-    assert wrapper.predict(dataset.test_dataloader).log_probs.shape == (37, 1, 5)
+    assert wrapper.predict(dataset.test_dataloader, n_samples=0).log_probs.shape == (37, 1, 5)
 
 
 def test_state_dict_keys_are_those_of_peft(causal_flags):

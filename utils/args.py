@@ -766,3 +766,43 @@ def _match_types(args: Args) -> None:
             f"--dataset-type {args.dataset_type} and --model-type {args.model_type} do not go "
             f"together: mcdataset needs causallm, bertds needs seqcls."
         )
+
+
+def settings_of(
+    method: type,
+    called: Mapping[str, Any],
+    stored: Mapping[str, Any] | None = None,
+    where: str = "the call",
+) -> Args:
+    """All flags of a method for a use without a command line; `output_dir` is None: no folder.
+
+    Args:
+        method: has `add_arguments` and `check_arguments`.
+        called: what the caller has said, by the names of the flags.
+        stored: values of a file, which hold where the caller said nothing.
+        where: that file.
+    Raises:
+        UsageError: a value breaks its flag's rule, or two contradict.
+    """
+    parser = build_parser(method.add_arguments)
+    unsaid = {"modelwrapper": method.__name__.lower(), "dataset": "data", "nowand": True}
+    stored = stored or {}
+    unsaid = {key: value for key, value in unsaid.items() if key not in stored}
+    args = parser.settings(unsaid | called, stored, where)
+    args.output_dir = None
+    return finish(args, parser, method.check_arguments, adopts=False)
+
+
+def check_own_data(args: Args) -> None:
+    """For a post-hoc method: the data are those that the adapter was trained on.
+
+    Raises:
+        UsageError: --dataset is a shifted set.
+    """
+    source = args.ood_ori_dataset or args.adapter_dataset
+    if args.load_lora_path is not None and source not in (None, args.dataset):
+        raise UsageError(
+            f"--modelwrapper {args.modelwrapper} fits the posterior on the adapter's own data, "
+            f"{source}, but --dataset is {args.dataset}; pass --dataset {source} "
+            f"--ood-datasets {args.dataset}, or fit it first and load that run."
+        )

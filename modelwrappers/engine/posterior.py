@@ -8,32 +8,32 @@ anything in them that could import, execute or point to a file of their choice.
 
 from __future__ import annotations
 
-import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from peft import LoraConfig
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
+from modelwrappers.engine.adapter_config import CONFIG_FILE, read_adapter_config
+from modelwrappers.engine.model_card import model_card
 from utils.errors import UsageError, quoted
+from utils.files import disk_errors, remove_folder, write_atomically, write_json, write_tensors
 from utils.hub import go_offline_if_unreachable
 from utils.logging import logger
-from utils.records import (
-    Count,
-    Name,
-    Positive,
-    Record,
-    as_record,
-    check_tensor,
-    read_json,
-    read_tensors,
-)
+from utils.records import Count, Name, Record, as_record, check_tensor, read_json, read_tensors
+from utils.registry import users_code
+
+if TYPE_CHECKING:
+    from modelwrappers.wrapperbase import WrapperBase
 
 ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 RECORD_FILE = "bayes_config.json"
+TENSORS_FILE = "posterior.safetensors"  # of `posterior_tensors`, where a method names no other
 FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another number
 
 # What the posterior was trained on; a posterior is one over the adapter of exactly that model.
@@ -67,6 +67,20 @@ class Rows(Record):
     use_slow_tokenizer: bool = False
 
 
+class Prompt(Record):
+    """What a row looks like to the model: the task's example, as text and as tokens.
+
+    Attributes:
+        tokenizer: the hub id, folder or alias that it was loaded from.
+        text: the prompt of a causal LM, or the one or two sentences of a classifier.
+        input_ids: its tokens.
+    """
+
+    tokenizer: Name
+    text: list[str]
+    input_ids: list[Count]
+
+
 class PosteriorRecord(Record):
     """bayes_config.json: what makes an adapter a posterior, and what it takes to predict with it.
 
@@ -78,10 +92,12 @@ class PosteriorRecord(Record):
         target_ids: the C answer tokens of a causal LM.
         pad_token_id: what fills short rows.
         rows: how a row becomes tokens.
+        prompt: the tokenizer, and an example of a row in text and tokens.
         n_draws: N of the final evaluation.
         temperature: what held-out rows have the logits divided by, if one was fitted.
         metrics: data set -> what the run measured.
         flags: the method's own flags that it needs again, each under its flag's rules.
+        tensors: what `WrapperBase.posterior_tensors` gave, by name; they lie beside the adapter.
 
     Further keys are the method's own description (`method`), which the method checks
     (`WrapperBase.Description`).
@@ -102,10 +118,12 @@ class PosteriorRecord(Record):
     target_ids: Annotated[list[Count], Field(min_length=2, max_length=100_000)] | None
     pad_token_id: Count | None
     rows: Rows = Rows()
+    prompt: Prompt | None = None
     n_draws: Annotated[int, Field(ge=1, le=100_000)]
     temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
     metrics: dict[Name, Scores] = Field(default_factory=dict)
     flags: dict[Name, Any] = Field(default_factory=dict)
+    tensors: list[Name] = Field(default_factory=list)
 
     @property
     def method(self) -> dict[str, Any]:
@@ -150,91 +168,6 @@ def read_posterior_record(folder: Path, what: str) -> PosteriorRecord:
     return as_record(content, PosteriorRecord, where, remedy)
 
 
-# --- adapter_config.json --------------------------------------------------------------------------
-
-# The name of a module, as PEFT's lists have it: PEFT reads some of them as regular expressions.
-ModuleName = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[\w.\-]+$")]
-Pattern = Annotated[str, Field(min_length=1, max_length=10_000)]
-
-# Initialisations that leave the base model's weights alone; the others come with changed ones.
-_PLAIN_INITS = ("gaussian", "orthogonal", "eva")
-# Keys that change nothing about a loaded adapter: notes, settings of the initialisation, and PEFT's
-# names of classes and packages, which it would import.
-_WITHOUT_EFFECT = {
-    *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-}
-
-
-class AdapterConfig(Record):
-    """adapter_config.json, as far as this project supports what it can say."""
-
-    peft_type: Name
-    task_type: Name | None = None
-    r: Annotated[int, Field(ge=1, le=16_384)]
-    lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
-    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=10_000)] | Pattern
-    exclude_modules: list[ModuleName] | Pattern | None = None
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    modules_to_save: list[ModuleName] | None = None
-    layers_to_transform: list[Count] | Count | None = None
-    layers_pattern: list[ModuleName] | ModuleName | None = None
-    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1, le=16_384)]] | None = None
-    alpha_pattern: dict[Pattern, Positive] | None = None
-
-
-def read_adapter_config(folder: Path, what: str) -> LoraConfig:
-    """PEFT's configuration of the adapter in `folder`, from the keys of `AdapterConfig` only.
-
-    Patterns are still in it: `backbone.settle_patterns` turns them into names of layers.
-
-    Raises:
-        UsageError: it is no LoRA adapter, it is damaged, or it needs something of PEFT that is not
-            supported here.
-    """
-    file = folder / CONFIG_FILE
-    content = read_json(file, what)
-    where = f"{what}: {file}"
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    if kind not in (None, "LORA"):
-        kind = kind if isinstance(kind, str) and kind.isalnum() else quoted(kind)
-        raise UsageError(f"{what}: {folder} holds a {kind} adapter, not LoRA.")
-    if isinstance(content, dict):  # null and "" stand for what is not set
-        needed = ("peft_type", "r", "lora_alpha", "target_modules")
-        content = {k: v for k, v in content.items() if k in needed or v not in (None, "")}
-    config = as_record(content, AdapterConfig, where)
-    start = content.get("init_lora_weights")
-    if not (start is None or isinstance(start, bool) or start in _PLAIN_INITS):
-        raise UsageError(
-            f"{where}: it was initialised with {quoted(start)}, which changes the base model's "
-            "weights as well; convert it to plain LoRA with PEFT first."
-        )
-    for field in dataclasses.fields(LoraConfig):
-        key = field.name
-        is_known = key in AdapterConfig.model_fields or key in _WITHOUT_EFFECT
-        if not is_known and content.get(key):
-            raise UsageError(
-                f"{where}: it uses PEFT's {key} ({quoted(content[key])}), which is not supported "
-                "here; only plain LoRA, rsLoRA and DoRA are."
-            )
-    unknown = sorted(content.keys() - {field.name for field in dataclasses.fields(LoraConfig)})
-    if unknown:
-        logger.info("%s: unknown keys are ignored: %s.", file, quoted(", ".join(unknown)))
-    values = {key: value for key, value in config.model_dump().items() if value is not None}
-    alpha = values["lora_alpha"]
-    values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    try:
-        return LoraConfig(**{key: value for key, value in values.items() if key != "peft_type"})
-    except (ValueError, TypeError) as error:  # PEFT's own rules on what goes together
-        raise UsageError(f"{where}: {error}") from None
-
-
 # --- where an adapter lies ------------------------------------------------------------------------
 
 
@@ -242,19 +175,66 @@ def adapter_folder(args) -> Path:
     """The local folder of --load-lora-path, downloaded first if it lies in a hub repo.
 
     Raises:
-        UsageError: there is no adapter there.
+        UsageError: it cannot be downloaded.
     """
     path = args.load_lora_path
     if args.load_lora_huggingface_repo:
         path = _downloaded(args.load_lora_huggingface_repo, path.strip("/"))
-    folder = Path(path)
+    return Path(path)
+
+
+class Saved(NamedTuple):
+    """A folder with an adapter, as far as its JSON files tell; each was read once.
+
+    Attributes:
+        folder: where its files lie.
+        config: PEFT's configuration of the adapter.
+        record: the posterior's; None for an adapter that is none of this project's.
+    """
+
+    folder: Path
+    config: LoraConfig
+    record: PosteriorRecord | None
+
+
+def read_saved(folder: Path, what: str, record: PosteriorRecord | None = None) -> Saved:
+    """What the JSON files of an adapter's folder say.
+
+    Args:
+        folder: of the adapter.
+        what: on whose behalf it is read.
+        record: of the posterior, where it was read already.
+    Raises:
+        UsageError: there is no adapter, or a file breaks a rule.
+    """
     for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
             raise UsageError(
-                f"--load-lora-path {args.load_lora_path}: there is no {name} in {folder}; it takes "
-                "a folder that --checkpoint or PEFT's save_pretrained wrote."
+                f"{what}: there is no {name} in {folder}; it takes a folder that --checkpoint or "
+                "PEFT's save_pretrained wrote."
             )
-    return folder
+    config = read_adapter_config(folder, what)
+    if record is None and (folder / RECORD_FILE).exists():
+        record = read_posterior_record(folder, what)
+    return Saved(folder, config, record)
+
+
+def snapshot(repo: str) -> Path:
+    """The local copy of a hub repo.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from huggingface_hub import snapshot_download
+
+    go_offline_if_unreachable()
+    try:
+        return Path(snapshot_download(repo))
+    except Exception as error:
+        raise UsageError(
+            f"load_posterior: {quoted(repo)} is neither a folder nor a hub repo that can be "
+            f"read ({type(error).__name__})."
+        ) from None
 
 
 def _downloaded(repo: str, path: str) -> Path:
@@ -274,6 +254,150 @@ def _downloaded(repo: str, path: str) -> Path:
             f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}\n"
             "Without network access pass a local folder as --load-lora-path alone."
         ) from None
+
+
+# --- to a folder and back -------------------------------------------------------------------------
+
+
+def describe(wrapper: WrapperBase) -> PosteriorRecord:
+    """What makes the adapter Bayesian, and what it takes to predict with it."""
+    args = wrapper.args
+    return PosteriorRecord(
+        format_version=FORMAT_VERSION,
+        modelwrapper=args.modelwrapper,
+        **{name: getattr(args, name) for name in BASE_MODEL_FLAGS},
+        dataset=args.dataset,
+        dataset_type=args.dataset_type,
+        choices=wrapper.answers,
+        target_ids=wrapper.target_ids.tolist() if wrapper.target_ids is not None else None,
+        pad_token_id=wrapper.base_model.config.pad_token_id,
+        rows=Rows(**{name: getattr(args, name) for name in ROW_FLAGS}),
+        prompt=wrapper.prompt,
+        n_draws=max(1, wrapper.final_draws()),
+        temperature=wrapper.fitted_temperature,
+        metrics={name: Scores.model_validate(block) for name, block in wrapper.results.items()},
+        flags={name: getattr(args, name) for name in wrapper.posterior_flags},
+        tensors=sorted(wrapper.posterior_tensors()),
+        **wrapper.method_config(),
+    )
+
+
+def write_posterior(wrapper: WrapperBase, folder: Path) -> None:
+    """What PEFT does not know of: record, model card, the method's tensors, a trained head.
+
+    Args:
+        folder: has the adapter's files of PEFT.
+    """
+    record = describe(wrapper).model_dump()
+    write_json(folder / RECORD_FILE, record)
+    (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    if tensors := wrapper.posterior_tensors():
+        write_tensors(folder / wrapper.posterior_file, tensors, {})
+    if extra := wrapper.trained_base_tensors():
+        file = folder / ADAPTER_FILE
+        write_tensors(file, read_tensors(file, "adapter") | extra, {"format": "pt"})
+
+
+def replace_files(wrapper: WrapperBase, folder: Path) -> list[str]:
+    """Save into `folder`, each file replaced in one step; on the main process only.
+
+    Returns:
+        the names of the files, relative to `folder`.
+    Raises:
+        RunError: the disk is full or cannot be written.
+    """
+    temporary = folder / ".adapter"
+    try:
+        with disk_errors(folder / ADAPTER_FILE):
+            wrapper.save_pretrained(str(temporary))
+        # An ensemble's members are subfolders. What describes the files comes after them.
+        files = sorted(temporary.rglob("*"), key=lambda file: (file.suffix == ".json", file))
+        files = [file for file in files if file.is_file() and file.name != "README.md"]
+        for file in files:
+            write_atomically(folder / file.relative_to(temporary), file.replace)
+    finally:
+        remove_folder(temporary)
+    logger.info("Adapter saved to %s", folder)
+    return [str(file.relative_to(temporary)) for file in files]
+
+
+def push(wrapper: WrapperBase, repo_id: str, private: bool | None, token, **kwargs) -> str:
+    """Send what `save_pretrained` writes to a hub repo, made if it does not exist."""
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        wrapper.save_pretrained(folder)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+
+def load_weights(wrapper: WrapperBase, folder: Path, adapter_name: str) -> None:
+    """Fill an adapter from a folder that this project, PEFT or the original code wrote.
+
+    Keys of the original carry their prefix twice and may bring the base model's whole head; the one
+    is undone, the other left out.
+
+    Raises:
+        UsageError: a tensor is missing or has another shape: another architecture or rank.
+    """
+    method, model = wrapper.args.modelwrapper, wrapper.args.model
+    tensors = wrapper.completed_adapter(read_adapter_tensors(folder, "--load-lora-path"))
+    head = wrapper.trained_base_tensors()
+    expected = head | get_peft_model_state_dict(
+        wrapper, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    if unknown := sorted(key for key in tensors.keys() - expected.keys() if ".lora_" in key):
+        logger.info(
+            "%s holds more than --modelwrapper %s takes (%s): its point estimate or mean is taken.",
+            folder,
+            method,
+            quoted(unknown[0]),
+        )
+    check_adapter_tensors(tensors, expected, folder, model)
+    wrapper.load_state_dict({key: tensors[key] for key in head}, strict=False)
+    adapter = {key: tensors[key] for key in expected.keys() - head.keys()}
+    set_peft_model_state_dict(wrapper, adapter, adapter_name=adapter_name)
+
+
+def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
+    """Weights, then whatever makes them the method's posterior.
+
+    Args:
+        saved: the folder's content.
+        is_own: whether this method made it and nothing is trained on top; else the adapter counts.
+    Raises:
+        UsageError: the record or a file of the posterior is damaged.
+    """
+    wrapper.load_adapter_weights(saved.folder)
+    record, tensors = None, {}
+    if is_own:
+        record = saved.record
+        if (saved.folder / wrapper.posterior_file).is_file():
+            tensors = read_tensors(saved.folder / wrapper.posterior_file, "--load-lora-path")
+        wrapper.fitted_temperature = record.temperature
+    wrapper.take_posterior(saved.folder, record, tensors)
+
+
+def give_back(
+    wrapper: WrapperBase, record: PosteriorRecord, tensors: Mapping[str, Tensor], file: Path
+) -> None:
+    """`load_posterior_tensors` of a method, with what a file holds.
+
+    Raises:
+        UsageError: the file has not the tensors that the record names, a value is not finite, or
+            the method cannot take them.
+    """
+    if odd := sorted(set(record.tensors) ^ set(tensors)):
+        raise UsageError(
+            f"--load-lora-path: {file} and {RECORD_FILE} do not fit each other: {quoted(odd[0])} "
+            "is in one of them only. Fit or download the posterior again."
+        )
+    if not tensors:
+        return
+    for key in tensors:
+        if tensors[key].is_floating_point() and not tensors[key].isfinite().all():
+            raise UsageError(f"{file}: {quoted(key)} has values that are no numbers.")
+    with users_code(f"{file}: {type(wrapper).__name__}.load_posterior_tensors"), torch.no_grad():
+        wrapper.load_posterior_tensors(dict(tensors))
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Weights come from a hub id, a local folder or an embedded alias, plain or quantised; the LoRA
 configuration from `--lora-*` and `--target-modules`, or from the adapter that is to be loaded
-(`engine.posterior` reads it), held against the model here.
+(`engine.adapter_config` reads it), held against the model here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,8 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modelwrappers.engine.posterior import adapter_folder, read_adapter_config
 from modelwrappers.lora.exact_4bit import use_exact_4bit
+from modelwrappers.lora.heads import head_modules, head_roots, is_linear, is_within
 from utils.base_model import REMEDY, load_config, model_path, shown
 from utils.errors import UsageError, described, quoted
 from utils.logging import logger
@@ -111,7 +112,7 @@ def load_model(
     absent = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     new = sorted({key.rpartition(".")[0] for key in absent})
     roots = head_roots(model)
-    lacking = [name for name in new if not _is_within(name, roots)]
+    lacking = [name for name in new if not is_within(name, roots)]
     if lacking:
         kind = "encoder" if is_classifier else "causal LM"
         raise UsageError(
@@ -212,14 +213,12 @@ def lora_config(args, model: PreTrainedModel, adapter: LoraConfig | None = None)
     Args:
         args: parsed flags.
         model: the base model.
-        adapter: the configuration of --load-lora-path, if it was read already.
+        adapter: the configuration of --load-lora-path, where there is one.
     Raises:
         UsageError: an unknown architecture, target modules that are not there, or an adapter that
             does not fit the flags or the model.
     """
-    if args.load_lora_path is not None:
-        if adapter is None:
-            adapter = read_adapter_config(adapter_folder(args), "--load-lora-path")
+    if adapter is not None:
         return _adapter_lora_config(args, model, adapter)
     with_head = args.apply_classhead_lora or args.apply_qkv_head_lora
     if args.target_modules:
@@ -246,7 +245,7 @@ def lora_config(args, model: PreTrainedModel, adapter: LoraConfig | None = None)
 def _attention_targets(model: PreTrainedModel, with_key: bool) -> list[str]:
     model_type = model.config.model_type
     if model_type not in ATTENTION_PROJECTIONS:
-        names = sorted({n.split(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
+        names = sorted({n.split(".")[-1] for n, m in model.named_modules() if is_linear(m)})
         raise UsageError(
             f"there is no default for the architecture '{model_type}'; name the layers to adapt "
             f"with --target-modules. Its linear layers are: {', '.join(names)}."
@@ -255,56 +254,11 @@ def _attention_targets(model: PreTrainedModel, with_key: bool) -> list[str]:
     return list(dict.fromkeys([query, key, value] if with_key else [query, value]))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the output head's linear layers: lm_head, or those between encoder and classes.
-
-    "classifier.dense" and "classifier.out_proj" for RoBERTa, "bert.pooler.dense" and "classifier"
-    for BERT, "score" for Llama.
-    """
-    output = model.get_output_embeddings()
-    if output is not None:
-        return [name for name, module in model.named_modules() if module is output]
-    roots = head_roots(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if _is_linear(module) and _is_within(name, roots)
-    ]
-
-
-def head_roots(model: PreTrainedModel) -> list[str]:
-    """Modules that turn an encoder's output into classes: all outside of it, and its pooler.
-
-    They have to be trained whole: see `lora_config` and `WrapperBase`. A pooler counts because it
-    plays the part of the dense layer in RoBERTa's head, and because sentence encoders (MiniLM among
-    them) ship one that was never trained. A causal LM has none, nor has a model in which encoder
-    and head cannot be told apart.
-    """
-    if model.get_output_embeddings() is not None or model.base_model is model:
-        return []
-    prefix = model.base_model_prefix
-    outside = [name for name, _ in model.named_children() if name != prefix]
-    inside = [f"{prefix}.pooler"] if getattr(model.base_model, "pooler", None) is not None else []
-    return [name for name in inside + outside if _has_weights(model, name)]
-
-
-def _is_within(name: str, roots: list[str]) -> bool:
-    return any(f"{name}.".startswith(f"{root}.") for root in roots)
-
-
-def _has_weights(model: nn.Module, name: str) -> bool:
-    return next(model.get_submodule(name).parameters(), None) is not None
-
-
 def _check_targets(model: PreTrainedModel, targets, origin: str) -> None:
     if isinstance(targets, str):  # a regular expression or "all-linear": PEFT checks those itself
         return
     modules = dict(model.named_modules())
-    linear = sorted({name.split(".")[-1] for name, m in modules.items() if _is_linear(m)})
+    linear = sorted({name.split(".")[-1] for name, m in modules.items() if is_linear(m)})
     for target in targets:
         matched = [
             name for name in modules if name and (name == target or name.endswith(f".{target}"))
@@ -430,4 +384,19 @@ def _pattern(expression: str, origin: str):
 
 
 def _is_adaptable(module: nn.Module) -> bool:
-    return _is_linear(module) or isinstance(module, nn.Embedding)
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+
+def adapter_acts(model: nn.Module) -> bool:
+    """Whether a forward goes through LoRA: it is there, and neither merged nor disabled."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return bool(layers) and not any(layer.merged or layer.disable_adapters for layer in layers)
+
+
+def facts_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The flags that a model answers by itself, for a use without a command line."""
+    is_causal = model.get_output_embeddings() is not None
+    return {
+        "model": model.config._name_or_path or type(model).__name__,
+        "model_type": "causallm" if is_causal else "seqcls",
+    }

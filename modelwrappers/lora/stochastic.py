@@ -12,8 +12,8 @@ contract for each backend, requirements.txt pins the versions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,81 +21,22 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from modelwrappers.lora.draws import (
+    FLIPOUT,
+    Draws,
+    FlipSigns,
+    NoisyProjection,
+    random_signs,
+)
 from utils.errors import RunError, UsageError
-from utils.seeding import mix_seed
 
 if TYPE_CHECKING:
-    from modelwrappers.wrapperbase import Batch, Predictions
+    from modelwrappers.engine.prediction import Batch, Predictions
 
 RHO = "lora_A_rho"
 # Layers of PEFT whose forward consults `lora_variant`. Others (AWQ, AQLM, EETQ, INC, convolutions,
 # mixture-of-experts parameters) would silently compute the mean.
 SUPPORTED_LAYERS = ("Linear", "Linear8bitLt", "Linear4bit", "Embedding")
-FLIPOUT = ("token", "example", "none")
-
-
-class Draws:
-    """What all stochastic layers of a model share: how many draws the next forward is stacked of.
-
-    Attributes:
-        n_samples: N; 0 for the posterior mean.
-        flipout: which rows share a draw. "none": all rows of a draw see the same weights, so a
-            forward is N true draws. "example", "token": random signs decorrelate the rows or tokens
-            (arXiv 1803.04386), the marginal of each stays as it is.
-    """
-
-    def __init__(self, flipout: str = "token") -> None:
-        self.n_samples = 0
-        self.flipout = flipout
-        self._fixed: dict[int, Tensor] | None = None
-        self._seed = 0
-        self._total = 0
-        self._first = 0
-
-    @contextmanager
-    def stacked(self, n_samples: int) -> Iterator[None]:
-        """Forwards in this context take a batch stacked `n_samples` times; 0 is the mean."""
-        before = self.n_samples
-        self.n_samples = n_samples
-        try:
-            yield
-        finally:
-            self.n_samples = before
-            if before == 0:  # the next stack of the same evaluation goes on with the next draws
-                self._first += n_samples
-
-    @contextmanager
-    def fixed(self, total: int, seed: int) -> Iterator[None]:
-        """Stacks in this context cycle through the same `total` draws of the noise.
-
-        Without flipout the n-th draw is then one set of weights for a whole data set, on whatever
-        process.
-        """
-        self._fixed, self._total, self._first, self._seed = {}, total, 0, seed
-        try:
-            yield
-        finally:
-            self._fixed = None
-
-    def noise(self, owner: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Standard Gaussian noise (N, *shape), one slice per draw.
-
-        Args:
-            owner: identifies the layer.
-            shape: of one draw.
-            like: gives data type and device.
-        """
-        if self._fixed is None:
-            return torch.randn(self.n_samples, *shape, dtype=like.dtype, device=like.device)
-        if owner not in self._fixed:
-            # Layers ask in the order of the forward: the same everywhere, unlike their ids.
-            generator = torch.Generator(like.device)
-            generator.manual_seed(mix_seed("fixed draws", self._seed, len(self._fixed)))
-            self._fixed[owner] = torch.randn(
-                self._total, *shape, dtype=like.dtype, device=like.device, generator=generator
-            )
-        first = self._first % self._total
-        return self._fixed[owner][first : first + self.n_samples]
 
 
 class GaussianLora(LoraVariant):
@@ -137,7 +78,7 @@ class GaussianLora(LoraVariant):
                 x, noise = x.to(dtype), noise.to(dtype)
             signs_in = random_signs(x.shape, draws.flipout, x.device)
             signs_out = random_signs(hidden.shape, draws.flipout, x.device)
-            hidden = hidden + _NoisyProjection.apply(x, noise, signs_in, signs_out)
+            hidden = hidden + NoisyProjection.apply(x, noise, signs_in, signs_out)
         return module.lora_B[adapter](hidden)
 
     def _check_rows(self, x: Tensor) -> None:
@@ -156,7 +97,7 @@ class GaussianLora(LoraVariant):
         if draws.n_samples:
             # A token is a one-hot input: only the columns of A that occur need noise.
             used, position = ids.unique(return_inverse=True)
-            if draws._fixed is None:
+            if not draws.is_fixed:
                 noise = draws.noise(id(module), (len(used), mean.shape[1]), mean)  # (N, U, r)
             else:
                 noise = draws.noise(id(module), tuple(mean.shape), mean)[:, used]
@@ -166,7 +107,7 @@ class GaussianLora(LoraVariant):
             noisy = (std * noise)[rows, position].view(hidden.shape)
             # The input's sign and the output's are one sign per component here.
             signs = random_signs(hidden.shape, draws.flipout, ids.device)
-            hidden = hidden + _FlipSigns.apply(noisy, signs)
+            hidden = hidden + FlipSigns.apply(noisy, signs)
         delta = hidden @ module.lora_embedding_B[adapter].T
         scale = module._get_embed_scale()
         return delta if scale is None else delta * scale.to(delta.dtype)
@@ -181,84 +122,6 @@ class GaussianLora(LoraVariant):
 
     def unmerge(self, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight)
-
-
-# --- random signs ---------------------------------------------------------------------------------
-
-
-def random_signs(shape: torch.Size, flipout: str, device: torch.device) -> Tensor | None:
-    """Random bits for the signs of a tensor (rows, ..., d): new ones per "token" or "example".
-
-    Returns:
-        int32 words, 32 signs in each: drawing and keeping a float of +1 or -1 for each component
-        would cost 32 times as much of both. None where `flipout` is "none".
-    """
-    if flipout == "none":
-        return None
-    lead = shape[:-1] if flipout == "token" else (shape[0], *[1] * (len(shape) - 2))
-    words = -(-shape[-1] // 32)
-    return torch.randint(-(2**31), 2**31, (*lead, words), dtype=torch.int32, device=device)
-
-
-class _NoisyProjection(torch.autograd.Function):
-    r"""$u \circ (A' (t \circ x))$ for the noise A' of each draw: (N, r, in) and x (N*B, ..., in).
-
-    Keeps x, which the mean's projection keeps anyway, and the signs' bits; not the flipped x.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, noise: Tensor, signs_in, signs_out) -> Tensor:
-        ctx.save_for_backward(x, noise, signs_in, signs_out)
-        flipped = flip_signs(x, signs_in).reshape(len(noise), -1, x.shape[-1])  # (N, B*..., in)
-        noisy = torch.bmm(flipped, noise.mT)
-        return flip_signs(noisy.view(*x.shape[:-1], noise.shape[1]), signs_out)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, noise, signs_in, signs_out = ctx.saved_tensors
-        grad = flip_signs(grad, signs_out).reshape(len(noise), -1, noise.shape[1])  # (N, B*..., r)
-        flipped = flip_signs(x, signs_in).reshape(len(noise), -1, x.shape[-1])
-        grad_noise = torch.bmm(grad.mT, flipped)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = flip_signs(torch.bmm(grad, noise).view(x.shape), signs_in)
-        return grad_x, grad_noise, None, None
-
-
-class _FlipSigns(torch.autograd.Function):
-    """`flip_signs` with its gradient: the same flip."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, signs) -> Tensor:
-        ctx.save_for_backward(signs)
-        return flip_signs(x, signs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return flip_signs(grad, ctx.saved_tensors[0]), None
-
-
-_INTEGERS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
-
-
-def flip_signs(x: Tensor, signs: Tensor | None) -> Tensor:
-    """x with the sign bit of each component flipped where its bit in `signs` is set."""
-    if signs is None:
-        return x
-    integer = _INTEGERS[x.dtype]
-    shifts = torch.arange(32, dtype=torch.int32, device=x.device)
-    mask = (signs.unsqueeze(-1) << shifts).flatten(-2)[..., : x.shape[-1]]
-    if integer != torch.int32:  # an arithmetic shift by 31 spreads the bit over the whole word
-        mask = mask.bitwise_right_shift_(31).to(integer)
-    mask = mask.bitwise_and_(torch.iinfo(integer).min)
-    values = x.contiguous().view(integer)
-    flipped = mask.bitwise_xor_(values) if mask.shape == values.shape else mask ^ values
-    return flipped.view(x.dtype)
 
 
 # --- the posterior of a model ---------------------------------------------------------------------
@@ -285,12 +148,13 @@ class GaussianPosterior:
         """The hook of `WrapperBase`: stacked copies see different A."""
         return self.draws.stacked(n_samples)
 
-    def predict(self, eval_loader: Iterable[Batch]) -> Predictions:
+    def predict(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Predictions:
         """As the base's; without flipout a draw is one set of weights for the whole data set."""
-        if self.draws.flipout != "none" or self.eval_n_samples == 0:
-            return super().predict(eval_loader)
-        with self.draws.fixed(self.eval_n_samples, self.args.seed_sampling):
-            return super().predict(eval_loader)
+        n_samples = self.final_draws() if n_samples is None else n_samples
+        if self.draws.flipout != "none" or n_samples == 0:
+            return super().predict(eval_loader, n_samples)
+        with self.draws.fixed(n_samples, self.args.seed_sampling):
+            return super().predict(eval_loader, n_samples)
 
 
 def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -> None:

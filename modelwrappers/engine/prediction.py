@@ -1,0 +1,164 @@
+"""From batches to log-probabilities: draws in chunks, rows of all processes, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.errors import RunError
+from utils.seeding import mix_seed
+from utils.temperature import scale
+
+if TYPE_CHECKING:
+    from modelwrappers.wrapperbase import WrapperBase
+
+Batch = dict[str, Tensor]
+
+
+class Predictions(NamedTuple):
+    """What a posterior says of a data set, in the data set's own order.
+
+    Attributes:
+        log_probs: log-probabilities of each draw, (n, N, C), float32.
+        labels: (n,)
+        index: (n,) rows in their split.
+    """
+
+    log_probs: Float[Tensor, "n N C"]
+    labels: Int[Tensor, " n"]
+    index: Int[Tensor, " n"]
+
+
+# --- draws ----------------------------------------------------------------------------------------
+
+
+def stacked_copies(
+    batch: Batch,
+    number: int,
+    most: int,
+    forward: Callable[[Batch, range], Float[Tensor, "nB C"]],
+) -> Iterator[Float[Tensor, "n B C"]]:
+    """Logits of `number` copies of a batch, which see a draw or a member each.
+
+    The only place where draws are split over forwards. A caller may reduce the chunks one by one
+    and never hold all of them.
+
+    Args:
+        batch: model inputs of B rows.
+        number: of copies.
+        most: copies in one forward.
+        forward: the logits of a stacked batch, given which of the copies are in it.
+    Yields:
+        (n, B, C) with n up to `most`.
+    """
+    rows = len(batch["input_ids"])
+    for start in range(0, number, most):
+        copies = range(start, min(start + most, number))
+        stacked = {key: torch.cat([value] * len(copies)) for key, value in batch.items()}
+        yield forward(stacked, copies).unflatten(0, (len(copies), rows))
+
+
+def with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:
+    """A subclass may return (B, C): one draw."""
+    return logits.unsqueeze(1) if logits.dim() == 2 else logits
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def predict(wrapper: WrapperBase, loader: Iterable[Batch], n_samples: int) -> Predictions:
+    """Log-probabilities of every draw for every row, on all processes, in row order.
+
+    The draws are seeded by --seed-sampling and the batch: an evaluation repeats itself, does not
+    disturb training, and does not depend on the number of processes.
+
+    Args:
+        wrapper: whose `forward_logits` gives (B, N, C) or (B, C).
+        loader: batches with labels and index; its `target_ids`, if it has any, are the answers.
+        n_samples: N; 0 for the posterior mean.
+    Raises:
+        RunError: there is no batch, or a logit is not finite; the rows are named.
+    """
+    accelerator, device = wrapper.accelerator, wrapper.accelerator.device
+    was_training = wrapper.training
+    wrapper.eval()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        forked = [device] if device.type == "cuda" else []
+        with (
+            # before the inference mode, whose tensors no gradient may come through
+            wrapper.answering(getattr(loader, "target_ids", None)),
+            torch.random.fork_rng(devices=forked),
+            torch.inference_mode(),
+        ):
+            for batch in tqdm(
+                loader,
+                desc="evaluate",
+                leave=False,
+                disable=not accelerator.is_local_main_process,
+                mininterval=1.0,
+            ):
+                batch = send_to_device(batch, device, non_blocking=True)
+                torch.manual_seed(
+                    mix_seed("evaluation", wrapper.args.seed_sampling, int(batch["index"][0]))
+                )
+                with accelerator.autocast():
+                    logits = wrapper.forward_logits(
+                        wrapper.model_inputs(batch),
+                        sample=n_samples > 0,
+                        n_samples=max(1, n_samples),
+                    )
+                log_probs = with_draws(logits).float().log_softmax(-1)  # (B, N, C)
+                if wrapper.temperature is not None:
+                    log_probs = scale(log_probs, wrapper.temperature).float()
+                parts.append((log_probs, batch["labels"], batch["index"]))
+    finally:
+        wrapper.train(was_training)
+    if not parts:
+        raise RunError("the evaluation loader gave no batch.")
+    predictions = gather_rows(accelerator, *map(torch.cat, zip(*parts, strict=True)))
+    broken = ~predictions.log_probs.isfinite().flatten(1).all(1)
+    if broken.any():
+        raise RunError(
+            f"the predictions of rows {predictions.index[broken].tolist()[:20]} are not numbers; "
+            f"the model has diverged (lower {', '.join(wrapper.learning_rate_flags)}) or the data "
+            "type overflows (--dtype float32)."
+        )
+    return predictions
+
+
+def gather_rows(accelerator, log_probs: Tensor, labels: Tensor, index: Tensor) -> Predictions:
+    """All processes' rows on the CPU, each once, sorted by index."""
+    if accelerator.num_processes > 1:
+        index = accelerator.gather(accelerator.pad_across_processes(index, pad_index=-1))
+        labels = accelerator.gather(accelerator.pad_across_processes(labels))
+        log_probs = accelerator.gather(accelerator.pad_across_processes(log_probs))
+    index, order = index.cpu().sort(stable=True)
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = index[1:] != index[:-1]
+    keep = order[first & (index >= 0)]
+    return Predictions(log_probs.cpu()[keep], labels.cpu()[keep], index[first & (index >= 0)])
+
+
+def padded_on_the_left(inputs: Batch) -> Batch:
+    """Every row moved to the right by the padding behind its last token.
+
+    Raises:
+        RunError: a row has no token (told where that costs no wait for a GPU).
+    """
+    mask = inputs["attention_mask"]
+    if mask.device.type == "cpu" and not mask.any(-1).all():
+        raise RunError("a row of the batch is padding only: attention_mask is 0 everywhere in it.")
+    width = mask.shape[-1]
+    behind = mask.flip(-1).ne(0).int().argmax(-1, keepdim=True)  # (B, 1)
+    source = (torch.arange(width, device=mask.device) - behind) % width  # (B, T)
+    return {
+        key: value.gather(-1, source) if value.shape == mask.shape else value
+        for key, value in inputs.items()
+    }

@@ -1,0 +1,147 @@
+"""What a trained posterior is worth, kept: metrics.json, predictions, temperature, shifted sets.
+
+    predict -> log_probs (n, N, C) by row -> posterior_predictive (n, C) -> utils.metrics.score
+            -> Metrics -> the data set's block of metrics.json
+
+Without a run's folder the same numbers are computed and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modelwrappers.engine.prediction import Batch, Predictions
+from utils.errors import RunError
+from utils.interrupts import interrupts
+from utils.logging import logger
+from utils.metrics import Metrics, posterior_predictive, score
+from utils.run_folder import predictions_file
+from utils.temperature import fit_temperature, scale
+
+if TYPE_CHECKING:
+    from modelwrappers.wrapperbase import WrapperBase
+
+
+def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
+    """Evaluate on all data sets of the run, and leave results and adapter in its folder.
+
+    Returns:
+        the metrics of the run's own data set.
+    """
+    args = wrapper.args
+    if args.temperature_scaling:
+        wrapper.fitted_temperature = _fit_temperature(wrapper)
+    name, split = args.dataset.rpartition(":")[2], args.testing_set
+    if split != "train_val":  # the others may name where anchors come from, too
+        split = getattr(wrapper.dataset, "eval_split", split)
+    metrics = _score_and_keep(wrapper, wrapper.eval_loader, name, split, predictions_file())
+    wrapper.track({f"final/{key}": value for key, value in metrics._asdict().items()})
+    own = wrapper.predictions
+    for other, (dataset, loader) in wrapper.shifted.items():
+        shifted = _score_and_keep(
+            wrapper, loader, other, dataset.eval_split, predictions_file(other)
+        )
+        wrapper.track({f"final/{other}/{k}": value for k, value in shifted._asdict().items()})
+        logger.info("%s: ACC %.4f  ECE %.4f  NLL %.4f  Brier %.4f", other, *shifted)
+    wrapper.predictions = own
+    if wrapper.run_folder is not None:
+        _finish(wrapper, training_seconds)
+    return metrics
+
+
+def _finish(wrapper: WrapperBase, training_seconds: float) -> None:
+    """The adapter, and last of all metrics.json: it says that the run is finished."""
+    args, folder = wrapper.args, wrapper.run_folder
+    if args.checkpoint:
+        for file in wrapper.save_adapter(folder.files) or ():  # an overridden one
+            folder.file(file)
+    elif args.load_lora_path is not None:
+        folder.keep_adapter_of(Path(args.load_lora_path))
+    with interrupts.deferred():  # a signal has nothing left to end
+        if wrapper.accelerator.is_main_process:
+            folder.write_metrics(
+                {
+                    "modelwrapper": args.modelwrapper,
+                    "model": args.model,
+                    "seed": args.seed,
+                    "updates": wrapper.global_step,
+                    "training_seconds": round(training_seconds, 3),
+                    "peak_memory_bytes": peak_memory(wrapper.accelerator.device),
+                    "datasets": wrapper.results,
+                },
+            )
+        wrapper.accelerator.wait_for_everyone()
+        folder.finish()
+
+
+def _fit_temperature(wrapper: WrapperBase) -> float:
+    """T from predictions on the part of the training set that was held out; they are kept."""
+    predictions = wrapper.predict(wrapper.held_out_loader)
+    name = wrapper.args.dataset.rpartition(":")[2]
+    _write_predictions(wrapper, predictions, name, "held_out", predictions_file("held_out"))
+    return fit_temperature(predictions.log_probs, predictions.labels)
+
+
+def _score_and_keep(
+    wrapper: WrapperBase, loader: Iterable[Batch], dataset: str, split: str, file: str
+) -> Metrics:
+    """Evaluate; keep the data set's block of metrics.json and its predictions."""
+    num_bins = wrapper.args.num_bins
+    started = time.perf_counter()
+    metrics = Metrics(*map(float, wrapper.evaluate(loader)))  # a method's own may give tensors
+    broken = [key for key, value in metrics._asdict().items() if not math.isfinite(value)]
+    if broken:
+        raise RunError(
+            f"the evaluation of {dataset} gave {metrics}: {', '.join(broken)} must be finite; "
+            "look at the method's own `evaluate`. --resume goes on from the last state."
+        )
+    block: dict[str, Any] = metrics._asdict() | {
+        "split": split,
+        "num_bins": num_bins,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    if wrapper.predictions is not None:  # an overridden `evaluate` may keep none
+        log_probs, labels, _ = wrapper.predictions
+        block |= {"n_examples": len(labels), "n_draws": log_probs.shape[1]}
+        temperature = wrapper.fitted_temperature
+        if temperature is not None:
+            scaled = posterior_predictive(scale(log_probs, temperature))
+            block["temperature_scaled"] = {
+                "temperature": temperature,
+                **score(scaled, labels, num_bins)._asdict(),
+            }
+        _write_predictions(wrapper, wrapper.predictions, dataset, split, file)
+    wrapper.results[dataset] = block
+    return metrics
+
+
+def _write_predictions(
+    wrapper: WrapperBase, predictions: Predictions, dataset: str, split: str, file: str
+) -> None:
+    if wrapper.run_folder is None or not wrapper.accelerator.is_main_process:
+        return
+    wrapper.run_folder.write_tensors(
+        file,
+        predictions._asdict(),
+        {
+            "dataset": dataset,
+            "split": split,
+            "seed": str(wrapper.args.seed),
+            "modelwrapper": wrapper.args.modelwrapper,
+        },
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

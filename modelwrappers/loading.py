@@ -1,0 +1,180 @@
+"""To a ready wrapper: from the flags of a run, or from the record of a saved posterior."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from modelwrappers import WRAPPERS, get_wrapper
+from modelwrappers.engine.adapter_config import CONFIG_FILE
+from modelwrappers.engine.posterior import (
+    BASE_MODEL_FLAGS,
+    RECORD_FILE,
+    PosteriorRecord,
+    Saved,
+    adapter_folder,
+    load_posterior_of,
+    read_posterior_record,
+    read_saved,
+    snapshot,
+)
+from modelwrappers.lora.backbone import load_model, lora_config
+from modelwrappers.lora.sharding import check_sharding, shards_base
+from modelwrappers.wrapperbase import WrapperBase
+from utils.args import settings_of
+from utils.errors import UsageError, quoted
+from utils.logging import logger
+from utils.registry import names_code
+
+
+def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None) -> WrapperBase:
+    """Base model, LoRA layers and method, as the flags say; with --load-lora-path's weights.
+
+    Args:
+        args: flags, of a run or of a posterior's record.
+        num_labels: C.
+        accelerator: of this process.
+        saved: the content of --load-lora-path, where it was read already.
+    """
+    if is_sharded := shards_base(accelerator):
+        check_sharding(args)
+    wrapper_class = get_wrapper(args.modelwrapper)
+    if args.load_lora_path is not None and saved is None:  # before the model: it may be damaged
+        saved = read_saved(adapter_folder(args), "--load-lora-path")
+    if saved is not None:
+        _check_members(saved, wrapper_class, args.modelwrapper)
+    model = load_model(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
+    config = lora_config(args, model, saved.config if saved is not None else None)
+    wrapper = wrapper_class(model, config, args, accelerator)
+    if saved is not None:
+        trains = args.max_train_steps or args.n_epochs
+        is_own = not trains and _is_by(saved.record, wrapper_class)
+        load_posterior_of(wrapper, saved, is_own)
+    wrapper.settle()
+    return wrapper
+
+
+def _is_by(record: PosteriorRecord | None, wrapper_class: type[WrapperBase]) -> bool:
+    """Whether a method made this posterior, as far as names tell."""
+    if record is None:
+        return False
+    name = record.modelwrapper
+    if not names_code(name) and name.lower() in WRAPPERS:
+        return WRAPPERS[name.lower()] is wrapper_class
+    # a class of the user's, which is not asked
+    return name.rpartition(":")[2].lower() == wrapper_class.__name__.lower()
+
+
+def _check_members(saved: Saved, wrapper_class: type[WrapperBase], method: str) -> None:
+    """A folder of several adapters is for a method that knows what to do with them.
+
+    Raises:
+        UsageError: this one does not.
+    """
+    maker = WRAPPERS.get(saved.record.modelwrapper.lower()) if saved.record is not None else None
+    if maker is None or not maker.has_members or wrapper_class.has_members:
+        return
+    patterns = [name for name in maker.adapter_files if name.endswith(f"/{CONFIG_FILE}")]
+    members = sorted(f for name in patterns for f in saved.folder.glob(name.replace("{n}", "*")))
+    if members:
+        raise UsageError(
+            f"--load-lora-path: {saved.folder} holds an ensemble of {len(members) + 1} members; "
+            f"--modelwrapper {method} takes one of them, e.g. {members[0].parent}, or pass "
+            f"--modelwrapper {saved.record.modelwrapper}."
+        )
+
+
+def load_posterior(
+    path_or_hub_id: str | Path,
+    model: str | None = None,
+    device: str = "auto",
+    modelwrapper: str | None = None,
+) -> WrapperBase:
+    """The posterior that a run or `push_to_hub` left, ready to predict.
+
+    Everything that is needed stands in the adapter's bayes_config.json: no flags of the run. What
+    that file says is data; a method in a file of one's own runs on the caller's word only.
+
+    Args:
+        path_or_hub_id: a run's folder, or a hub repo.
+        model: the base model, if it has moved since: hub id, folder or embedded alias.
+        device: "auto", "cpu" or "cuda".
+        modelwrapper: for a posterior of a method of your own, its "path/to/file.py:CLASS".
+    Returns:
+        the wrapper of the method that made it, in evaluation mode: `predict(loader)`,
+        `evaluate(loader)`, `forward_logits(batch, n_samples=N)`. A temperature that the run has
+        fitted is `temperature`, and `predict` and `evaluate` apply it.
+    Raises:
+        UsageError: no adapter or no bayes_config.json there, one that breaks a rule, an unknown
+            method, or one that only the file names.
+    """
+    folder = Path(path_or_hub_id)
+    if not _is_folder(folder):
+        folder = snapshot(str(path_or_hub_id))
+    record = read_posterior_record(folder, "load_posterior")
+    saved = read_saved(folder, "load_posterior", record)
+    where = f"load_posterior: {folder / RECORD_FILE}"
+    if modelwrapper is None and names_code(record.modelwrapper):
+        raise UsageError(
+            f"{where} names the method {quoted(record.modelwrapper)}, a file, and code is not "
+            "taken from a hub repo or a folder on a file's word. Look at that file, then pass "
+            'modelwrapper="path/to/file.py:CLASS".'
+        )
+    if record.choices is None:
+        raise UsageError(f"{where} does not say what its answers are.")
+    method = modelwrapper or record.modelwrapper
+    called = {"modelwrapper": method, "load_lora_path": str(folder), "device": device}
+    if model is not None:
+        called |= {"model": str(model), "load_model_path": None}
+    args = settings_of(get_wrapper(method), called, _settings(record, method), where)
+    accelerator = Accelerator(cpu=device == "cpu" or None)
+    wrapper = build_wrapper(args, len(record.choices), accelerator, saved)
+    _take_answers(wrapper, record, where)
+    wrapper.results = {name: scores.model_dump() for name, scores in record.metrics.items()}
+    wrapper.prompt = record.prompt
+    wrapper.temperature = wrapper.fitted_temperature
+    if wrapper.temperature is not None:
+        logger.info("Predictions are scaled by the fitted temperature %.4f.", wrapper.temperature)
+    return wrapper.eval()
+
+
+def _settings(record: PosteriorRecord, method: str) -> dict[str, object]:
+    """What a record says, by the names of the flags whose rules it is held against."""
+    kept = get_wrapper(method).posterior_flags
+    return {
+        **record.model_dump(include={*BASE_MODEL_FLAGS, "dataset_type"}),
+        **record.rows.model_dump(),
+        **{key: record.flags[key] for key in kept if key in record.flags},
+        "bayes_eval_n_samples_final": record.n_draws,
+        "dataset": record.dataset.rpartition(":")[2],  # a name: nothing is looked up
+    }
+
+
+def _take_answers(wrapper: WrapperBase, record: PosteriorRecord, where: str) -> None:
+    """Answers, their tokens and the padding token, which must be tokens of the model."""
+    wrapper.answers = list(record.choices)
+    vocabulary = getattr(wrapper.base_model.config, "vocab_size", None)
+    for name, tokens in (
+        ("target_ids", record.target_ids),
+        ("pad_token_id", [record.pad_token_id]),
+    ):
+        for token in tokens or ():
+            if token is not None and vocabulary is not None and token >= vocabulary:
+                raise UsageError(
+                    f"{where}: {name} has {token}, but {quoted(record.model)} has "
+                    f"{vocabulary} tokens."
+                )
+    wrapper.base_model.config.pad_token_id = record.pad_token_id
+    if wrapper.is_causal:
+        if record.target_ids is None:
+            raise UsageError(f"{where}: key 'target_ids' is null; a causal LM needs them.")
+        wrapper.target_ids = torch.tensor(record.target_ids, device=wrapper.accelerator.device)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long, or of characters that no path has
+        return False
