@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import importlib.util
 import sys
 import traceback
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,25 @@ from types import ModuleType
 from typing import Any
 
 from utils.errors import UsageError, described, quoted
+
+
+class LazyTable(UserDict[str, Any]):
+    """A table of names whose entries may be "module:NAME", imported when they are asked for.
+
+    So names can be listed, and a wrong one refused, without the libraries behind the entries. `in`,
+    `len` and iteration import nothing; whatever gives an entry imports that one.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(self.data[name], str):
+            module, _, attribute = self.data[name].partition(":")
+            self.data[name] = getattr(importlib.import_module(module), attribute)
+        return self.data[name]
+
+    def module_of(self, name: str) -> str:
+        """The module that has the entry, which need not be imported for that."""
+        entry = self.data[name]
+        return entry.partition(":")[0] if isinstance(entry, str) else entry.__module__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -41,9 +62,14 @@ def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     """
     if names_code(name):
         return load_from_file(name, what)
-    for key, value in table.items():
+    return table[find_key(table, name, what)]
+
+
+def find_key(table: Mapping[str, Any], name: str, what: str) -> str:
+    """The key of `table` that `name` is, without looking at its entry; see `lookup`."""
+    for key in table:
         if key.lower() == name.lower():
-            return value
+            return key
     raise UsageError(
         f"unknown {what} {quoted(name)}{did_you_mean(name, table)} Known: "
         f"{', '.join(sorted(table))}; or give your own as path/to/file.py:NAME."

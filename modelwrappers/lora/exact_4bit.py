@@ -14,10 +14,12 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # The attribute of a `Linear4bit` that its forward looks at.
 SWITCH = "support_avx512bf16_for_cpu"
