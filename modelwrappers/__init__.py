@@ -5,65 +5,78 @@ three of its hooks, and add one line to `WRAPPERS`. Or leave the repository alon
 `--modelwrapper path/to/file.py:ClassName`.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-
-from modelwrappers.lora.exact_4bit import deny_avx512bf16
-
-deny_avx512bf16()  # before the first import of PEFT, which imports bitsandbytes
-
-from modelwrappers import wrapperbase
-from modelwrappers.blob import BLoB
-from modelwrappers.deepensemble import DeepEnsemble
-from modelwrappers.engine.posterior import (
-    BASE_MODEL_FLAGS,
-    RECORD_FILE,
-    PosteriorRecord,
-    adapter_folder,
-    read_adapter_config,
-    read_posterior_record,
-)
-from modelwrappers.laplace import Laplace
-from modelwrappers.lora import backbone, stochastic
-from modelwrappers.lora.backbone import load_model, lora_config
-from modelwrappers.lora.sharding import check_sharding, shards_base
-from modelwrappers.map import MAP
-from modelwrappers.mcdropout import MCDropout
-from modelwrappers.tfb import TFB
-from modelwrappers.wrapperbase import WrapperBase
-from utils.args import build_parser, finish
+from modelwrappers.lora.exact_4bit import delay_bitsandbytes, deny_avx512bf16
+from utils.catalogue import Catalogue, read_catalogue
 from utils.errors import UsageError, quoted
-from utils.hub import go_offline_if_unreachable
 from utils.logging import logger
-from utils.registry import lookup, names_code
+from utils.registry import LazyTable, find_key, lookup, names_code
 
-WRAPPERS: dict[str, type[WrapperBase]] = {
-    "map": MAP,
-    "mle": MAP,
-    "mcdropout": MCDropout,
-    "deepensemble": DeepEnsemble,
-    "blob": BLoB,
-    "laplace": Laplace,
-    "tfb": TFB,
-    "tfblora": TFB,  # the original's names: tfb, and tfb with --tfb-criterion flips
-    "tfblora_acc": TFB,
+if TYPE_CHECKING:
+    from modelwrappers.engine.posterior import PosteriorRecord
+    from modelwrappers.wrapperbase import WrapperBase
+
+deny_avx512bf16()  # before anything of ours imports PEFT, which imports bitsandbytes
+
+WRAPPERS = LazyTable(
+    {
+        "map": "modelwrappers.map:MAP",
+        "mle": "modelwrappers.map:MAP",
+        "mcdropout": "modelwrappers.mcdropout:MCDropout",
+        "deepensemble": "modelwrappers.deepensemble:DeepEnsemble",
+        "blob": "modelwrappers.blob:BLoB",
+        "laplace": "modelwrappers.laplace:Laplace",
+        "tfb": "modelwrappers.tfb:TFB",
+        "tfblora": "modelwrappers.tfb:TFB",  # the original's names: tfb, and tfb with
+        "tfblora_acc": "modelwrappers.tfb:TFB",  # --tfb-criterion flips
+    }
+)
+# The classes by their own names: `from modelwrappers import BLoB` imports that one, then.
+_CLASSES = LazyTable(
+    {
+        "BLoB": "modelwrappers.blob:BLoB",
+        "DeepEnsemble": "modelwrappers.deepensemble:DeepEnsemble",
+        "Laplace": "modelwrappers.laplace:Laplace",
+        "MAP": "modelwrappers.map:MAP",
+        "MCDropout": "modelwrappers.mcdropout:MCDropout",
+        "TFB": "modelwrappers.tfb:TFB",
+        "WrapperBase": "modelwrappers.wrapperbase:WrapperBase",
+    }
+)
+# Rooms that had another name in the first design; files of users import them.
+_FORMER_NAMES = {
+    "backbone": "modelwrappers.lora.backbone",
+    "stochastic_lora": "modelwrappers.lora.stochastic",
 }
 
 
-# Rooms that had another name in the first design; files of users import them.
-_FORMER_NAMES = {"backbone": backbone, "stochastic_lora": stochastic}
-
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return _CLASSES[name]
     if name in _FORMER_NAMES:
-        return _FORMER_NAMES[name]
+        return importlib.import_module(_FORMER_NAMES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def catalogue() -> Catalogue:
+    """What is known of the methods without importing them."""
+    return read_catalogue(WRAPPERS, Path(__file__).parent)
+
+
+def check_method_name(name: str) -> None:
+    """Look a method up without importing it, as far as that goes.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if not names_code(name):
+        find_key(WRAPPERS, name, "method")
 
 
 def get_wrapper(name: str) -> type[WrapperBase]:
@@ -72,16 +85,29 @@ def get_wrapper(name: str) -> type[WrapperBase]:
     Raises:
         UsageError: an unknown name, or a file whose class is no `WrapperBase`.
     """
+    check_method_name(name)
+    delay_bitsandbytes()
+    from modelwrappers import wrapperbase
+
     # Files written for the original code say `from wrapperbase import WrapperBase`.
     sys.modules.setdefault("wrapperbase", wrapperbase)
     cls = lookup(WRAPPERS, name, "method")
-    if not (isinstance(cls, type) and issubclass(cls, WrapperBase)):
+    if not (isinstance(cls, type) and issubclass(cls, wrapperbase.WrapperBase)):
         raise UsageError(f"--modelwrapper {name}: it must be a subclass of WrapperBase.")
     return cls
 
 
 def build_wrapper(args, num_labels: int, accelerator) -> WrapperBase:
     """Base model, LoRA layers and method, as the flags say; with --load-lora-path's weights."""
+    from modelwrappers.engine.posterior import (
+        RECORD_FILE,
+        adapter_folder,
+        read_adapter_config,
+        read_posterior_record,
+    )
+    from modelwrappers.lora.backbone import load_model, lora_config
+    from modelwrappers.lora.sharding import check_sharding, shards_base
+
     if is_sharded := shards_base(accelerator):
         check_sharding(args)
     folder, config, record = None, None, None
@@ -136,6 +162,11 @@ def load_posterior(
         UsageError: no adapter or no bayes_config.json there, one that breaks a rule, an unknown
             method, or one that only the file names.
     """
+    from accelerate import Accelerator
+
+    from modelwrappers.engine.posterior import BASE_MODEL_FLAGS, RECORD_FILE, read_posterior_record
+    from utils.args import build_parser, finish
+
     folder = Path(path_or_hub_id)
     if not _is_folder(folder):
         folder = _snapshot(str(path_or_hub_id))
@@ -176,6 +207,8 @@ def load_posterior(
 
 def _take_answers(wrapper: WrapperBase, record: PosteriorRecord, where: str) -> None:
     """Answers, their tokens and the padding token, which must be tokens of the model."""
+    import torch
+
     wrapper.answers = list(record.choices)
     vocabulary = getattr(wrapper.base_model.config, "vocab_size", None)
     for name, tokens in (
@@ -209,6 +242,8 @@ def _snapshot(repo: str) -> Path:
         UsageError: it cannot be read.
     """
     from huggingface_hub import snapshot_download
+
+    from utils.hub import go_offline_if_unreachable
 
     go_offline_if_unreachable()
     try:

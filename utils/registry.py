@@ -39,10 +39,16 @@ class LazyTable(UserDict[str, Any]):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'blob'?"`, or a full stop where nothing is close."""
+    nearest = closest(name, known)
+    return "." if nearest is None else f"; did you mean '{nearest}'?"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The name that is spelled most like this one; None where nothing is close."""
     by_lowered = {key.lower(): key for key in known}
     # nothing is close to a name of ten thousand characters, and the search is quadratic
     close = difflib.get_close_matches(name[:100].lower(), by_lowered, n=1, cutoff=0.5)
-    return f"; did you mean '{by_lowered[close[0]]}'?" if close else "."
+    return by_lowered[close[0]] if close else None
 
 
 def names_code(name: str) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import LazyLoader, find_spec, module_from_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,23 @@ def deny_avx512bf16() -> None:
     too late for that; `use_exact_4bit` still holds.
     """
     sys.meta_path.insert(0, _WithoutAvx512Bf16())
+
+
+def delay_bitsandbytes() -> None:
+    """Let bitsandbytes be imported by whoever looks into it, not by whoever names it.
+
+    PEFT names it while it is imported itself, and bitsandbytes takes as long as torch, whose
+    compiler it imports. A call that turns out to be wrong, or asks for a method's flags, never
+    looks into it. torch comes first: while it is imported it looks into all modules.
+    """
+    import torch  # noqa: F401
+
+    if "bitsandbytes" in sys.modules or (spec := find_spec("bitsandbytes")) is None:
+        return
+    spec.loader = LazyLoader(spec.loader)
+    module = module_from_spec(spec)
+    sys.modules["bitsandbytes"] = module
+    spec.loader.exec_module(module)
 
 
 def use_exact_4bit(model: nn.Module) -> None:
