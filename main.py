@@ -35,6 +35,7 @@ from utils.logging import (
     quiet_libraries,
     setup_logging,
 )
+from utils.run_paths import run_folder_path
 from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
 
 # Torch and the libraries on it take seconds to import: functions that run after the call was
@@ -100,6 +101,7 @@ def check_names(args: Args) -> None:
     """
     check_data_sets(args)
     check_tracker(args)
+    run_folder_path(args)
 
 
 def main(argv: list[str] | None = None) -> Metrics:
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> Metrics:
     check_names(args)
     name_process(args)
     quiet_libraries()
-    from utils.run_folder import RunFolder, run_folder_path
+    from utils.run_folder import RunFolder
 
     accelerator = build_accelerator(args)
     folder = RunFolder(
@@ -191,7 +193,6 @@ def build_accelerator(args: Args) -> Accelerator:
     from accelerate import Accelerator
 
     from modelwrappers.lora.sharding import check_sharding, shards_base
-    from utils.run_folder import run_folder_path
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(

@@ -171,10 +171,10 @@ def check_shared(
     for word in unknown:
         if word.startswith("--") and folded(word.partition("=")[0]) not in known:
             refuse_word(word, [*parser.flags, *own], catalogue.owners)
-    shared = {action.dest for action in parser.flags.values()}
-    args = parser.completed(
-        said, {key: value for key, value in stored.items() if key in shared}, "--config"
-    )
+    of_method = {flag.removeprefix("--").replace("-", "_") for flag in known}
+    of_method -= {action.dest for action in parser.flags.values()}
+    early = {key: value for key, value in stored.items() if key not in of_method}
+    args = parser.completed(said, early, "--config")
     _settle_shared(args, parser, adopts=True)
     return args
 

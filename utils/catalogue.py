@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from utils.registry import LazyTable
@@ -86,14 +87,15 @@ def read_catalogue(table: LazyTable, package: Path) -> Catalogue:
             names.setdefault(file, []).append(name)
     methods = []
     for file, of_file in names.items():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-        methods.append(Method(tuple(of_file), summary, _flags_in(tree)))
+        methods.append(Method(tuple(of_file), *_summary_and_flags(file)))
     others = [file for file in sorted(package.rglob("*.py")) if file not in names]
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in others]
-    return Catalogue(tuple(methods), frozenset().union(*map(_flags_in, trees)))
+    common = frozenset().union(*(_summary_and_flags(file)[1] for file in others))
+    return Catalogue(tuple(methods), common)
 
 
-def _flags_in(tree: ast.AST) -> frozenset[str]:
-    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return frozenset(text for text in texts if isinstance(text, str) and _FLAG.fullmatch(text))
+@cache
+def _summary_and_flags(file: Path) -> tuple[str, frozenset[str]]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    flags = (text for text in texts if isinstance(text, str) and _FLAG.fullmatch(text))
+    return (ast.get_docstring(tree) or "").partition("\n")[0], frozenset(flags)
