@@ -193,7 +193,7 @@ def test_every_flag_has_a_help_text_and_shows_its_default(method, monkeypatch):
     assert re.match(r"usage: python main\.py .*\[flags\]\n\n", text)
     text = re.sub(r"\n {34}", " ", text)  # what is said of a long flag begins in the next line
     for action in parser._actions:
-        (line,) = re.findall(rf"^  .*{re.escape(action.option_strings[-1])}\b.*$", text, re.M)[:1]
+        (line,) = re.findall(rf"^  {', '.join(action.option_strings)}(?: .*)?$", text, re.M)
         assert action.help, line
         if action.default in (None, argparse.SUPPRESS) or "no effect" in line:
             continue
