@@ -26,6 +26,7 @@ from pydantic import (
 from utils.errors import UsageError, quoted
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MOST_BYTES = 64 * 2**20  # of a JSON file; those of a run have kilobytes
@@ -224,7 +225,7 @@ def check_tensor(
     name: str,
     shape: tuple[int | None, ...],
     where: str,
-    dtypes: Collection[str] = FLOATS,
+    dtypes: Collection[torch.dtype | str] = FLOATS,
 ) -> Tensor:
     """The tensor `name`, after its shape, type and values were looked at.
 
@@ -233,7 +234,7 @@ def check_tensor(
         name: of the tensor.
         shape: what it must have; None stands for any size.
         where: the file, and on whose behalf it is read.
-        dtypes: what it may have, by torch's names; floats must be finite.
+        dtypes: what it may have, or their names; floats must be finite.
     Raises:
         UsageError: it is missing or breaks a rule.
     """
@@ -248,10 +249,12 @@ def check_tensor(
         raise UsageError(
             f"{where}: {quoted(name)} has shape {tuple(tensor.shape)}; it must be ({wanted})."
         )
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in dtypes:
-        kinds = ", ".join(dtypes)
-        raise UsageError(f"{where}: {quoted(name)} is of type {dtype}; it must be one of {kinds}.")
+    kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    found = str(tensor.dtype).removeprefix("torch.")
+    if found not in kinds:
+        raise UsageError(
+            f"{where}: {quoted(name)} is of type {found}; it must be one of {', '.join(kinds)}."
+        )
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise UsageError(
             f"{where}: {quoted(name)} has values that are not numbers (NaN or infinite)."

@@ -25,7 +25,7 @@ from utils.records import Count, Name, Record, as_record, check_tensor, read_jso
 
 KEPT_STATES = 2
 MOST_BYTES_OF_GENERATORS = 2**20
-BYTES = ("uint8",)
+BYTES = (torch.uint8,)
 _NAME = re.compile(r"step-(\d{8,15})")
 
 
@@ -330,8 +330,8 @@ def check_optimizer(stored: Mapping[str, Any], optimizer: torch.optim.Optimizer)
                 continue
             parameter = parameters[number]
             shape = () if key == "step" else tuple(parameter.shape)
-            dtype = "float32" if key == "step" else str(parameter.dtype).removeprefix("torch.")
-            check_tensor(kept, key, shape, f"optimizers, parameter {number}", (dtype,))
+            dtypes = (torch.float32,) if key == "step" else (parameter.dtype,)
+            check_tensor(kept, key, shape, f"optimizers, parameter {number}", dtypes)
             if key in ("step", "exp_avg_sq") and (value < 0).any():
                 raise UsageError(f"optimizers: {key} of parameter {number} is negative.")
 
