@@ -57,31 +57,31 @@ LIBRARIES = (
 )
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
+def parse_args(
+    argv: list[str] | None = None, check_early: Callable[[Args], None] = lambda early: None
+) -> Args:
     """The checked, read-only flags; `--help` prints them and ends the program.
 
+    Args:
+        argv: the command line; None: that of the program.
+        check_early: of the shared flags, before the method is imported, which takes seconds.
     Raises:
         UsageError: an unknown flag or method, a broken rule, missing flags or contradictions.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     method, config = first_pass(argv)
-    early_args(argv)
+    if method is not None:
+        modelwrappers.check_method_name(method)
+    if not asks_for_help(argv):
+        early = check_shared(argv, method, config, modelwrappers.catalogue())
+        if early is not None:
+            check_early(early)
+    elif method is None:
+        build_parser(lambda parser: None, modelwrappers.catalogue().listed()).parse_args(argv)
     wrapper = modelwrappers.get_wrapper(method)
     parser = build_parser(wrapper.add_arguments)
     args = parser.parse_strictly(argv, config, "--config", flags_of_other_methods)
     return finish(args, parser, wrapper.check_arguments)
-
-
-def early_args(argv: list[str]) -> Args | None:
-    """What can be known of a call in a fraction of a second: see `utils.args.check_shared`."""
-    method, config = first_pass(argv)
-    if method is not None:
-        modelwrappers.check_method_name(method)
-    if not asks_for_help(argv):
-        return check_shared(argv, method, config, modelwrappers.catalogue())
-    if method is None:
-        build_parser(lambda parser: None, modelwrappers.catalogue().listed()).parse_args(argv)
-    return None
 
 
 def flags_of_other_methods() -> dict[str, str]:
@@ -113,11 +113,8 @@ def main(argv: list[str] | None = None) -> Metrics:
         Interrupted: by SIGINT or SIGTERM.
     """
     setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
-    early = early_args(sys.argv[1:] if argv is None else list(argv))
-    if early is not None:
-        check_names(early)
-    args = parse_args(argv)
-    check_names(args)
+    args = parse_args(argv, check_early=check_names)
+    check_names(args)  # a method in a file has no early flags, and any may have changed them
     name_process(args)
     quiet_libraries()
     from utils.run_folder import RunFolder

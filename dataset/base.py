@@ -318,8 +318,8 @@ class DatasetBase(ABC):
         number = round(self.args.held_out * len(rows))
         if not 0 < number < len(rows):
             raise UsageError(
-                f"--held-out {self.args.held_out} of {len(rows)} training rows leaves nothing on "
-                "one side; choose another share."
+                f"--held-out-fraction {self.args.held_out} of {len(rows)} training rows leaves "
+                "nothing on one side; choose another share."
             )
         held_out = set(_seeded_order(len(rows), "held out", self.args.seed_split)[:number])
         return (

@@ -18,7 +18,7 @@ NOT_METHODS = {
     "__init__",
     "wrapperbase",
 }
-LAZY = {"bitsandbytes", "wandb", "laplace", "matplotlib"}
+LAZY = {"bitsandbytes", "wandb", "laplace", "matplotlib", "datasets", "torchmetrics"}
 FILES = [
     ROOT / "main.py",
     *(file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))),
