@@ -19,24 +19,33 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
-
+import modelwrappers
 from dataset import build_dataset, check_data_sets
-from modelwrappers import build_wrapper, get_wrapper
-from modelwrappers.lora.sharding import check_sharding, shards_base
-from modelwrappers.wrapperbase import WrapperBase
-from utils.args import Args, build_parser, finish, first_pass
+from utils.args import Args, asks_for_help, build_parser, check_shared, finish, first_pass
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError, one_line
 from utils.interrupts import Interrupted, interrupts
-from utils.logging import check_tracker, init_tracker, logger, name_process, setup_logging
-from utils.metrics import Metrics
-from utils.run_folder import RunFolder, run_folder_path
+from utils.logging import (
+    check_tracker,
+    init_tracker,
+    logger,
+    name_process,
+    quiet_libraries,
+    setup_logging,
+)
+from utils.run_paths import run_folder_path
 from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
+
+# Torch and the libraries on it take seconds to import: functions that run after the call was
+# checked do that.
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from modelwrappers.wrapperbase import WrapperBase
+    from utils.metrics import Metrics
+    from utils.run_folder import RunFolder
 
 LIBRARIES = (
     "torch",
@@ -49,14 +58,51 @@ LIBRARIES = (
 )
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The checked, read-only flags: method first, then one strict parser with that method's own."""
+def parse_args(
+    argv: list[str] | None = None, check_early: Callable[[Args], None] = lambda early: None
+) -> Args:
+    """The checked, read-only flags; `--help` prints them and ends the program.
+
+    Args:
+        argv: the command line; None: that of the program.
+        check_early: of the shared flags, before the method is imported, which takes seconds.
+    Raises:
+        UsageError: an unknown flag or method, a broken rule, missing flags or contradictions.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     method, config = first_pass(argv)
-    wrapper = get_wrapper(method) if method else get_wrapper("map")
+    if method is not None:
+        modelwrappers.check_method_name(method)
+    if not asks_for_help(argv):
+        early = check_shared(argv, method, config, modelwrappers.catalogue())
+        if early is not None:
+            check_early(early)
+    elif method is None:
+        build_parser(lambda parser: None, modelwrappers.catalogue().listed()).parse_args(argv)
+    wrapper = modelwrappers.get_wrapper(method)
     parser = build_parser(wrapper.add_arguments)
-    args = parser.parse_strictly(argv, config, "--config")
+    args = parser.parse_strictly(argv, config, "--config", flags_of_other_methods)
     return finish(args, parser, wrapper.check_arguments)
+
+
+def flags_of_other_methods() -> dict[str, str]:
+    """Flag -> the first built-in method that has it."""
+    owners: dict[str, str] = {}
+    for name, wrapper in modelwrappers.WRAPPERS.items():
+        for flag in build_parser(wrapper.add_arguments).flags:
+            owners.setdefault(flag, name)
+    return owners
+
+
+def check_names(args: Args) -> None:
+    """Names that would fail later, after data and model were loaded.
+
+    Raises:
+        UsageError: an unknown data set, a run folder or a tracker's name that cannot be.
+    """
+    check_data_sets(args)
+    check_tracker(args)
+    run_folder_path(args)
 
 
 def main(argv: list[str] | None = None) -> Metrics:
@@ -68,16 +114,18 @@ def main(argv: list[str] | None = None) -> Metrics:
         Interrupted: by SIGINT or SIGTERM.
     """
     setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
-    args = parse_args(argv)
-    check_data_sets(args)
+    args = parse_args(argv, check_early=check_names)
+    check_names(args)  # a method in a file has no early flags, and any may have changed them
     name_process(args)
-    check_tracker(args)
+    quiet_libraries()
+    from utils.run_folder import RunFolder
+
     accelerator = build_accelerator(args)
     folder = RunFolder(
         run_folder_path(args),
         accelerator.process_index,
         accelerator.num_processes,
-        get_wrapper(args.modelwrapper).adapter_files,
+        modelwrappers.get_wrapper(args.modelwrapper).adapter_files,
     )
     with interrupts.handled():
         try:
@@ -119,10 +167,12 @@ def assemble(args: Args, accelerator: Accelerator | None = None) -> WrapperBase:
 
     The one way there, of runs, tests and benchmarks.
     """
+    from accelerate.utils import set_seed
+
     accelerator = accelerator or build_accelerator(args)
     set_seed(args.seed)
     dataset = build_dataset(args, accelerator)
-    wrapper = build_wrapper(args, dataset.num_labels, accelerator)
+    wrapper = modelwrappers.build_wrapper(args, dataset.num_labels, accelerator)
     wrapper.prepare_for_fit_evaluate(dataset)
     return wrapper
 
@@ -147,6 +197,11 @@ def build_accelerator(args: Args) -> Accelerator:
         UsageError: no GPU where one was asked for; fp16 autocast, whose scaled gradients do not
             mix with gradients of a KL term; a quantised base under FSDP.
     """
+    import torch
+    from accelerate import Accelerator
+
+    from modelwrappers.lora.sharding import check_sharding, shards_base
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "--device cuda: there is no CUDA device here; drop it or pass --device cpu."
@@ -175,6 +230,8 @@ def on_main_process(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
         except (UsageError, RunError) as error:
             answer = [error]
     if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
         broadcast_object_list(answer)
     if isinstance(answer[0], UsageError | RunError):
         raise answer[0]
@@ -183,6 +240,8 @@ def on_main_process(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
 
 def kept_metrics(folder: RunFolder, args: Args) -> Metrics:
     """What the finished run has measured."""
+    from utils.metrics import Metrics
+
     file = folder.path / METRICS_FILE
     name = args.dataset.rpartition(":")[2]
     blocks = read_metrics_record(file, "--log-path").datasets
@@ -251,7 +310,8 @@ def exhausted(error: BaseException) -> str | None:
             "--eval-batch-size or --max-seq-len, or take a smaller --model; --resume goes on from "
             "the last state, if there is one."
         )
-    if isinstance(error, torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
             f"the GPU's memory is full ({told}). Lower --batch-size or --eval-batch-size, or pass "
             "--gradient-checkpointing or --quantization 4bit; --resume goes on from the last "
@@ -267,13 +327,13 @@ def run(argv: list[str] | None = None) -> int:
     except (UsageError, RunError) as error:
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:  # torch's are RuntimeErrors
         if (message := exhausted(error)) is None:
             raise
         logger.error("RunError: %s", message)
         return RunError.exit_code
     except SystemExit:
-        if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        if asks_for_help(sys.argv[1:] if argv is None else argv):
             raise
         # whatever its code was: a run that did not come to its end must not look finished
         logger.error("RunError: code that the run calls has ended it by sys.exit().")

@@ -4,23 +4,46 @@
 a record in a user's own file (`--dataset path/to/file.py:NAME`).
 """
 
-from dataset.base import DatasetBase
-from dataset.multiple_choice import MultipleChoice
-from dataset.sequence_classification import SequenceClassification
+from __future__ import annotations
 
-DATASETS: dict[str, type[DatasetBase]] = {
-    "mcdataset": MultipleChoice,
-    "bertds": SequenceClassification,
-}
+from typing import TYPE_CHECKING, Any
+
+from dataset.tasks import CLASSIFICATION_TASKS, MULTIPLE_CHOICE_TASKS, check_shifted
+from utils.registry import LazyTable
+
+if TYPE_CHECKING:
+    from dataset.base import DatasetBase
+
+DATASETS = LazyTable(
+    {
+        "mcdataset": "dataset.multiple_choice:MultipleChoice",
+        "bertds": "dataset.sequence_classification:SequenceClassification",
+    }
+)
+_TASKS = {"mcdataset": MULTIPLE_CHOICE_TASKS, "bertds": CLASSIFICATION_TASKS}
+# The classes by their own names: `from dataset import MultipleChoice` imports that one, then.
+_CLASSES = LazyTable(
+    {
+        "DatasetBase": "dataset.base:DatasetBase",
+        "MultipleChoice": "dataset.multiple_choice:MultipleChoice",
+        "SequenceClassification": "dataset.sequence_classification:SequenceClassification",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return _CLASSES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check_data_sets(args) -> None:
-    """Look the data sets of --dataset and --ood-datasets up, before anything is written for them.
+    """Look the data sets of --dataset and --ood-datasets up, before anything is loaded for them.
 
     Raises:
         UsageError: one is unknown, its record breaks a rule, or two have one name.
     """
-    DATASETS[args.dataset_type].check_shifted(args)
+    check_shifted(args, _TASKS[args.dataset_type])
 
 
 def build_dataset(args, accelerator) -> DatasetBase:

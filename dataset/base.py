@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dataset.sources import Row, is_folder, load_rows
-from dataset.tasks import PUBLISHED_FLAGS, Prompt, Task, checked_task
+from dataset.tasks import PUBLISHED_FLAGS, Prompt, Task, check_shifted, find_task
 from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
 from utils.errors import UsageError, described, quoted
 from utils.logging import logger
-from utils.registry import lookup, users_code
+from utils.registry import users_code
 from utils.seeding import mix_seed
 
 Example = dict[str, Any]
@@ -202,34 +202,13 @@ class DatasetBase(ABC):
 
     @classmethod
     def find_task(cls, name: str) -> Task:
-        """The record of a data set, by its name or as FILE.py:NAME.
-
-        Raises:
-            UsageError: there is none of that name, or a field of it breaks its rule.
-        """
-        return checked_task(lookup(cls.tasks, name, "data set"), name)
+        """The record of a data set; see `dataset.tasks.find_task`."""
+        return find_task(name, cls.tasks)
 
     @classmethod
     def check_shifted(cls, args) -> None:
-        """Hold the names of --dataset and --ood-datasets against each other.
-
-        Each has a block of metrics.json and a file of predictions of its name, which another of
-        that name would replace.
-
-        Raises:
-            UsageError: one of them is unknown, or two have one name.
-        """
-        own = cls.find_task(args.dataset).name
-        taken = {own.lower(), args.dataset.rpartition(":")[2].lower(), "held_out"}
-        for name in args.ood_datasets or ():
-            shifted = cls.find_task(name).name
-            if shifted.lower() in taken:
-                raise UsageError(
-                    f"--ood-datasets {quoted(name)}: the results of a data set are kept under its "
-                    f"name, and there already are some of {quoted(shifted)} (--dataset is "
-                    f"{quoted(args.dataset)}); name each data set once, or rename yours."
-                )
-            taken.add(shifted.lower())
+        """See `dataset.tasks.check_shifted`."""
+        check_shifted(args, cls.tasks)
 
     def _take_answers_of(self, source: Task) -> None:
         """Let the answers be those that the adapter was trained on, where they agree with ours.
@@ -370,8 +349,8 @@ class DatasetBase(ABC):
         number = round(self.args.held_out * len(rows))
         if not 0 < number < len(rows):
             raise UsageError(
-                f"--held-out {self.args.held_out} of {len(rows)} training rows leaves nothing on "
-                "one side; choose another share."
+                f"--held-out-fraction {self.args.held_out} of {len(rows)} training rows leaves "
+                "nothing on one side; choose another share."
             )
         held_out = set(_seeded_order(len(rows), "held out", self.args.seed_split)[:number])
         return (

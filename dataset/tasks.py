@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from dataset.sources import BBCNews, Hub, HubGroup, Row, Source
 from utils.embedded import TOPICS
 from utils.errors import UsageError, quoted
+from utils.registry import lookup
 
 
 class Prompt(NamedTuple):
@@ -63,6 +64,40 @@ LETTERS = ("A", "B", "C", "D", "E")
 TRAIN_VALIDATION = {"train": "train", "val": "validation"}
 TRAIN_TEST = {"train": "train", "val": "test", "test": "test"}
 PUBLISHED_FLAGS = {"choice_format": "text_first", "boolq_tokens": "swapped"}
+
+
+# --- looking a record up --------------------------------------------------------------------------
+
+
+def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
+    """The record of a data set, by its name in `tasks` or as FILE.py:NAME.
+
+    Raises:
+        UsageError: there is none of that name, or a field of it breaks its rule.
+    """
+    return checked_task(lookup(tasks, name, "data set"), name)
+
+
+def check_shifted(args, tasks: Mapping[str, Task]) -> None:
+    """Hold the names of --dataset and --ood-datasets against each other.
+
+    Each has a block of metrics.json and a file of predictions of its name, which another of that
+    name would replace.
+
+    Raises:
+        UsageError: one of them is unknown, or two have one name.
+    """
+    own = find_task(args.dataset, tasks).name
+    taken = {own.lower(), args.dataset.rpartition(":")[2].lower(), "held_out"}
+    for name in args.ood_datasets or ():
+        shifted = find_task(name, tasks).name
+        if shifted.lower() in taken:
+            raise UsageError(
+                f"--ood-datasets {quoted(name)}: the results of a data set are kept under its "
+                f"name, and there already are some of {quoted(shifted)} (--dataset is "
+                f"{quoted(args.dataset)}); name each data set once, or rename yours."
+            )
+        taken.add(shifted.lower())
 
 
 # --- a record of a user's own ---------------------------------------------------------------------

@@ -5,51 +5,77 @@ three of its hooks, and add one line to `WRAPPERS`. Or leave the repository alon
 `--modelwrapper path/to/file.py:ClassName`.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from modelwrappers.lora.exact_4bit import deny_avx512bf16
-
-deny_avx512bf16()  # before the first import of PEFT, which imports bitsandbytes
-
-from modelwrappers import wrapperbase
-from modelwrappers.blob import BLoB
-from modelwrappers.deepensemble import DeepEnsemble
-from modelwrappers.laplace import Laplace
-from modelwrappers.lora import backbone, stochastic
-from modelwrappers.map import MAP
-from modelwrappers.mcdropout import MCDropout
-from modelwrappers.tfb import TFB
-from modelwrappers.wrapperbase import WrapperBase
+from modelwrappers.lora.exact_4bit import delay_bitsandbytes, deny_avx512bf16
+from utils.catalogue import Catalogue, read_catalogue
 from utils.errors import UsageError
-from utils.registry import lookup
+from utils.registry import LazyTable, find_key, lookup, names_code
 
-WRAPPERS: dict[str, type[WrapperBase]] = {
-    "map": MAP,
-    "mle": MAP,
-    "mcdropout": MCDropout,
-    "deepensemble": DeepEnsemble,
-    "blob": BLoB,
-    "laplace": Laplace,
-    "tfb": TFB,
-    "tfblora": TFB,  # the original's names: tfb, and tfb with --tfb-criterion flips
-    "tfblora_acc": TFB,
+if TYPE_CHECKING:
+    from modelwrappers.wrapperbase import WrapperBase
+
+deny_avx512bf16()  # before anything of ours imports PEFT, which imports bitsandbytes
+
+_METHODS = {
+    "map": "modelwrappers.map:MAP",
+    "mle": "modelwrappers.map:MAP",
+    "mcdropout": "modelwrappers.mcdropout:MCDropout",
+    "deepensemble": "modelwrappers.deepensemble:DeepEnsemble",
+    "blob": "modelwrappers.blob:BLoB",
+    "laplace": "modelwrappers.laplace:Laplace",
+    "tfb": "modelwrappers.tfb:TFB",
+    # the original's names: tfb, and tfb with --tfb-criterion flips
+    "tfblora": "modelwrappers.tfb:TFB",
+    "tfblora_acc": "modelwrappers.tfb:TFB",
+}
+WRAPPERS = LazyTable(_METHODS)
+# What `from modelwrappers import ...` imports when it is asked for: the classes by their own names,
+# and the ways to a wrapper.
+_EXPORTED = LazyTable(
+    {
+        place.rpartition(":")[2]: place
+        for place in (
+            *_METHODS.values(),
+            "modelwrappers.wrapperbase:WrapperBase",
+            "modelwrappers.loading:build_wrapper",
+            "modelwrappers.loading:load_posterior",
+        )
+    }
+)
+# Rooms that had another name in the first design; files of users import them.
+_FORMER_NAMES = {
+    "backbone": "modelwrappers.lora.backbone",
+    "stochastic_lora": "modelwrappers.lora.stochastic",
 }
 
 
-# Rooms that had another name in the first design; files of users import them.
-_FORMER_NAMES = {"backbone": backbone, "stochastic_lora": stochastic}
-
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTED:
+        return _EXPORTED[name]
     if name in _FORMER_NAMES:
-        return _FORMER_NAMES[name]
-    if name in ("build_wrapper", "load_posterior"):
-        return getattr(importlib.import_module("modelwrappers.loading"), name)
+        return importlib.import_module(_FORMER_NAMES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def catalogue() -> Catalogue:
+    """What is known of the methods without importing them."""
+    return read_catalogue(WRAPPERS, Path(__file__).parent)
+
+
+def check_method_name(name: str) -> None:
+    """Look a method up without importing it, as far as that goes.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if not names_code(name):
+        find_key(WRAPPERS, name, "method")
 
 
 def get_wrapper(name: str) -> type[WrapperBase]:
@@ -58,9 +84,13 @@ def get_wrapper(name: str) -> type[WrapperBase]:
     Raises:
         UsageError: an unknown name, or a file whose class is no `WrapperBase`.
     """
+    check_method_name(name)
+    delay_bitsandbytes()
+    from modelwrappers import wrapperbase
+
     # Files written for the original code say `from wrapperbase import WrapperBase`.
     sys.modules.setdefault("wrapperbase", wrapperbase)
     cls = lookup(WRAPPERS, name, "method")
-    if not (isinstance(cls, type) and issubclass(cls, WrapperBase)):
+    if not (isinstance(cls, type) and issubclass(cls, wrapperbase.WrapperBase)):
         raise UsageError(f"--modelwrapper {name}: it must be a subclass of WrapperBase.")
     return cls

@@ -31,7 +31,7 @@ from modelwrappers.lora.stochastic import (
     spread_tensors,
 )
 from modelwrappers.wrapperbase import WrapperBase
-from utils.args import above, add_switch, between
+from utils.args import above, add_switch, add_without_effect, between
 from utils.errors import UsageError, quoted
 from utils.logging import logger, notice_once
 from utils.optim import build_optimizer, linear_schedule
@@ -65,30 +65,38 @@ class BLoB(GaussianPosterior, WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("BLoB")
         group.add_argument(
-            "--bayes-eps", type=above(0, 10), default=0.05, help="G starts in [eps/sqrt(2), eps]"
-        )
-        group.add_argument(
-            "--bayes-beta",
+            *("--prior-std", "--bayes-beta"),
+            dest="bayes_beta",
             type=between(1e-6, 1e6),
             default=0.2,
-            help="std of the prior",
+            help="standard deviation of the prior",
         )
         group.add_argument(
-            "--bayes-kllr", type=between(0, 1e28), default=0.02, help="learning rate of the KL"
+            *("--kl-lr", "--bayes-kllr"),
+            dest="bayes_kllr",
+            type=between(0, 1e28),
+            default=0.02,
+            help="learning rate of the KL",
         )
         group.add_argument(
-            "--bayes-gamma", type=between(1, 1_000), default=8.0, help="of --bayes-datasetrescaling"
+            "--bayes-eps", type=above(0, 10), default=0.05, help="G starts in [eps/sqrt(2), eps]"
         )
         add_switch(group, "--bayes-klreweighting", help="KL weight doubles within each cycle")
         add_switch(group, "--bayes-datasetrescaling", help="cycle length from the data set's size")
+        group.add_argument(
+            "--bayes-gamma",
+            type=between(1, 1_000),
+            default=8.0,
+            help="exponent of --bayes-datasetrescaling",
+        )
         cls.add_flipout_argument(group)
-        for name in ("--bayes-final-beta", "--bayes-flipout"):
-            group.add_argument(name, nargs="?", const=True, help="no effect: see the README")
+        add_without_effect(parser, "the prior's width is --prior-std", "--bayes-final-beta")
+        add_without_effect(parser, "signs per token are the default", "--bayes-flipout")
 
     @classmethod
     def check_arguments(cls, args) -> None:
         if args.bayes_final_beta is not None:
-            notice_once("--bayes-final-beta has no effect: the prior's width is --bayes-beta.")
+            notice_once("--bayes-final-beta has no effect: the prior's width is --prior-std.")
         if args.bayes_flipout is not None:
             notice_once(
                 "--bayes-flipout has no effect: signs per token are the default, see --flipout."

@@ -29,7 +29,14 @@ from modelwrappers.lora.stochastic import (
     spread_tensors,
 )
 from modelwrappers.wrapperbase import Batch, WrapperBase
-from utils.args import above, add_switch, check_own_data, whole
+from utils.args import (
+    above,
+    add_switch,
+    add_without_effect,
+    check_own_data,
+    compatibility_group,
+    whole,
+)
 from utils.errors import RunError, UsageError
 from utils.logging import logger, notice_once
 from utils.metrics import negative_log_likelihood, posterior_predictive
@@ -86,7 +93,9 @@ class TFB(GaussianPosterior, WrapperBase):
     def add_arguments(cls, parser) -> None:
         group = parser.add_argument_group("TFB")
         group.add_argument(
-            "--th", type=above(0, 1e6), help="tolerance (default: 0.003; flips 0.01)"
+            "--th",
+            type=above(0, 1e6),
+            help="tolerance of the search (default: 0.003; flips 0.01)",
         )
         group.add_argument(
             "--iter",
@@ -100,13 +109,13 @@ class TFB(GaussianPosterior, WrapperBase):
         group.add_argument(
             "--tfb-criterion",
             choices=["nll", "flips"],
-            help="what the tolerance bounds: relative change of the NLL, share of changed answers",
+            help="what the tolerance bounds: relative change of the NLL, share of changed answers "
+            "(default: nll; tfblora_acc flips)",
         )
         cls.add_flipout_argument(group)
         for name in ("--bayes-klreweighting", "--bayes-datasetrescaling"):
-            add_switch(group, name, help="no effect: nothing is trained")
-        for name in _UNUSED_VALUES:
-            group.add_argument(name, nargs="?", const=True, help="no effect: nothing is trained")
+            add_switch(compatibility_group(parser), name, help="no effect: nothing is trained")
+        add_without_effect(parser, "nothing is trained", *_UNUSED_VALUES)
 
     @classmethod
     def check_arguments(cls, args) -> None:

@@ -37,7 +37,8 @@ from utils.errors import UsageError
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
 from utils.records import Record, as_record
-from utils.run_folder import RunFolder, check_data_set_name, run_folder_path
+from utils.run_folder import RunFolder
+from utils.run_paths import check_data_set_name, run_folder_path
 from utils.seeding import mix_seed
 
 

@@ -27,7 +27,7 @@ from utils.records import (
     read_bytes,
     read_tensors_and_metadata,
 )
-from utils.run_folder import NOT_RUNS
+from utils.run_paths import NOT_RUNS
 from utils.run_records import (
     ARGS_FILE,
     HISTORY_FILE,

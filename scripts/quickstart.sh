@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a better calibrated language model, on a laptop without GPU or hub.
+# From nothing to a Bayesian posterior beside plain LoRA, on a laptop without GPU or hub.
 # Sets itself up, then trains plain LoRA (MAP) and BLoB on the same 80 BBC headlines, long enough that
 # plain LoRA over-fits as people's runs do, and prints both rows for 200 held-out headlines and
 # where the report (tables, plots, one HTML page) is. The model is SmolLM2-135M, embedded in a PyPI

@@ -190,7 +190,7 @@ def classifier_flags(tiny_bert, data_dir, tmp_path) -> list[str]:
 
 def run_folder(flags: list[str]) -> Path:
     """Where a run with these flags leaves its files."""
-    from utils.run_folder import run_folder_path
+    from utils.run_paths import run_folder_path
 
     return run_folder_path(main.parse_args(flags))
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import main
 from utils.records import read_tensors_and_metadata
+from utils.run_folder import RunFolder
 
 DIED = 77
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.link")
@@ -276,7 +277,7 @@ def signals(scenario: dict, work: Path) -> dict:
         code, killed_by = run(cut, lambda arguments=arguments: stop_at(*arguments), log)
         folder = run_path(cut)
         found[name] = {"code": code, "killed by": killed_by, "said": log.read_text()}
-        found[name]["states"] = [path.name for path in main.RunFolder(folder).states]
+        found[name]["states"] = [path.name for path in RunFolder(folder).states]
         found[name]["files"] = sorted(content(folder))
         found[name]["again"], _ = run([*cut, "--resume"], log=log)
         found[name]["differs"] = difference(content(folder), expected)

@@ -28,7 +28,7 @@ NOT_METHODS = {
     "loading": "modelwrappers",
     "wrapperbase": "wrapperbase",
 }
-LAZY = {"bitsandbytes", "wandb", "laplace", "matplotlib", "torchmetrics", "trl", "lm_eval"}
+LAZY = {"bitsandbytes", "wandb", "laplace", "matplotlib", "torchmetrics", "datasets", "trl"}
 WHERE_NEEDED = {ROOT / "modelwrappers/lora/laplace_torch.py": {"laplace"}}
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT, build, run_folder
 from safetensors.torch import load_file, save_file
 
 import main
+import modelwrappers
 from utils.errors import RunError, UsageError
 from utils.files import write_atomically, write_json
 from utils.logging import logger, setup_logging
@@ -534,7 +535,7 @@ def cut_short(tiny_llama, data_dir, tmp_path_factory):
     from utils.interrupts import interrupts
 
     with pytest.MonkeyPatch.context() as patch:
-        original = main.build_wrapper
+        original = modelwrappers.build_wrapper
 
         def build_wrapper(*arguments):
             wrapper = original(*arguments)
@@ -548,7 +549,7 @@ def cut_short(tiny_llama, data_dir, tmp_path_factory):
             wrapper.optimizer_step = interrupted_step
             return wrapper
 
-        patch.setattr(main, "build_wrapper", build_wrapper)
+        patch.setattr(modelwrappers, "build_wrapper", build_wrapper)
         assert main.run([*flags, "--output-dir", str(out / "cut")]) == 143
     main.main([*flags, "--output-dir", str(out / "whole")])
     return flags, out

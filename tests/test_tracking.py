@@ -35,10 +35,88 @@ def test_wandb_without_credentials_goes_offline_with_a_notice(causal_flags, monk
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(run_folder([*causal_flags, "--modelwrapper", "mle"]).parent))
     flags = [flag for flag in causal_flags if flag != "--nowand"]
-    flags += ["--modelwrapper", "mle", "--max-train-steps", "2"]
+    flags += ["--modelwrapper", "mle", "--max-train-steps", "2", "--tracker", "wandb"]
     main.main(flags)
     assert capsys.readouterr().out.count("wandb has no credentials") == 1
     assert list((run_folder(flags) / "wandb").glob("offline-run-*"))
+
+
+# --- wandb starts only where it is set up or asked for --------------------------------------------
+
+CALL = ["--dataset-type", "mcdataset", "--dataset", "obqa", "--model", "m", "--modelwrapper", "mle"]
+
+
+@pytest.fixture
+def unset(tmp_path, monkeypatch):
+    """A machine where nobody has used wandb; gives its home."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_nobody_who_has_not_set_wandb_up_gets_it(unset, causal_flags, monkeypatch, capsys):
+    monkeypatch.setattr("utils.logging._told", set())
+    flags = [flag for flag in causal_flags if flag != "--nowand"]
+    flags += ["--modelwrapper", "mle", "--max-train-steps", "1"]
+    main.main(flags)
+    assert capsys.readouterr().out.count("No tracker: wandb is not set up here.") == 1
+    assert not (run_folder(flags) / "wandb").exists()
+    main.main([*flags, "--tracker", "none", "--overwrite"])
+    assert "No tracker" not in capsys.readouterr().out, "it was said"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "tracker"),
+    [
+        ("WANDB_API_KEY", "k" * 40, "wandb"),
+        ("WANDB_IDENTITY_TOKEN_FILE", "token", "wandb"),
+        ("WANDB_MODE", "offline", "wandb"),
+        ("WANDB_MODE", "disabled", "none"),
+        ("WANDB_BASE_URL", "https://wandb.example", "none"),
+    ],
+)
+def test_wandbs_environment_sets_it_up(unset, monkeypatch, name, value, tracker):
+    monkeypatch.setenv(name, value)
+    assert main.parse_args(CALL).tracker == tracker
+    assert main.parse_args([*CALL, "--nowand"]).tracker == "none"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "tracker"),
+    [
+        (".netrc", "machine api.wandb.ai login user password key", "wandb"),
+        (".netrc", "machine elsewhere.example login user password key", "none"),
+        (".netrc", "machine", "none"),
+        ("_netrc", "machine api.wandb.ai login user password key", "wandb"),
+        (".config/wandb/settings", "[default]\nentity = team\n", "wandb"),
+        (".config/wandb/settings", "[default]\nbase_url = https://api.wandb.ai\n", "none"),
+        ("wandb/settings", "[default]\nmode = offline\n", "wandb"),
+        ("wandb/settings", "[default]\nmode = disabled\n", "none"),
+        ("wandb/settings", "no settings\0", "none"),
+    ],
+)
+def test_files_of_wandb_set_it_up(unset, file, content, tracker):
+    path = unset / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    path.chmod(0o600)
+    assert main.parse_args(CALL).tracker == tracker
+
+
+@pytest.mark.parametrize("flag", ["--wandb-project", "--wandb-entity", "--wandb-name"])
+def test_a_flag_of_wandb_asks_for_it(unset, flag):
+    assert main.parse_args([*CALL, flag, "x"]).tracker == "wandb"
+    assert main.parse_args([*CALL, flag, "x", "--tracker", "none"]).tracker == "none"
+    assert main.parse_args([*CALL, flag, "x", "--nowand"]).tracker == "none"
+
+
+def test_a_stored_run_with_wandb_still_has_it(unset):
+    file = unset / "args.json"
+    stored = vars(main.parse_args([*CALL, "--tracker", "wandb"]))
+    file.write_text(json.dumps({"args": {"tracker": "wandb"}, "given": stored["given"]}))
+    assert main.parse_args(["--config", str(file)]).tracker == "wandb"
 
 
 def test_a_users_own_wandb_run_is_logged_to(causal_flags):
@@ -173,7 +251,7 @@ def test_a_process_has_a_name_whatever_the_model_is_called(name, monkeypatch):
 def test_a_name_that_wandb_refuses_is_refused_before_the_model_is_read(
     causal_flags, monkeypatch, capsys, flag, value
 ):
-    monkeypatch.setattr(main, "build_wrapper", None)
+    monkeypatch.setattr("modelwrappers.build_wrapper", None)
     flags = [name for name in causal_flags if name != "--nowand"]
     assert main.run([*flags, "--modelwrapper", "mle", "--tracker", "wandb", flag, value]) == 2
     err = capsys.readouterr().err

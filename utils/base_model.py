@@ -12,14 +12,15 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from utils.embedded import resolve_model
 from utils.errors import UsageError, described, quoted
 from utils.hub import go_offline_if_unreachable
 from utils.records import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 REMEDY = (
     "--model takes a hub id (with network access or a filled cache), a folder with config.json and "
@@ -91,6 +92,8 @@ def load_config(name: str, trust_remote_code: bool, **settings: Any) -> PreTrain
         UsageError: it cannot be found or read, asks for code from elsewhere, or has sizes that no
             model has.
     """
+    from transformers import AutoConfig, PreTrainedConfig
+
     path = model_path(name)
     told = f"--model {shown(name)}"
     if Path(path).is_dir():

@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -70,6 +70,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as safetensors, atomically."""
+    from safetensors.torch import save_file
+
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import configparser
 import logging
+import netrc
 import os
 import re
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from utils.errors import UsageError, one_line, printable, quoted
 
@@ -24,7 +28,6 @@ def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
     Only the main process speaks below warnings. What it has said since the last call without a file
     is written there first.
     """
-    _quiet_libraries()
     memory = _Memory()
     if log_file is not None:
         memory = next((h for h in logger.handlers if isinstance(h, _Memory)), memory)
@@ -103,9 +106,11 @@ def writable(text: str, stream: Any) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _quiet_libraries() -> None:
-    """Leave out what transformers says of every model: load reports, its own deprecations."""
-    import warnings
+def quiet_libraries() -> None:
+    """Leave out what transformers says of every model: load reports, its own deprecations.
+
+    It imports transformers, so it is not for calls that may turn out to be wrong.
+    """
 
     from transformers.utils import logging as transformers_logging
 
@@ -154,6 +159,10 @@ def init_tracker(accelerator, args, folder: Path) -> None:
     """
     check_tracker(args)
     if args.tracker == "none":
+        if not args.nowand and "tracker" not in args.given:
+            notice_once(
+                "No tracker: wandb is not set up here. --tracker wandb records without it, offline."
+            )
         return
     init_kwargs: dict[str, Any] = {}
     if args.tracker == "wandb" and accelerator.is_main_process:
@@ -177,6 +186,31 @@ def init_tracker(accelerator, args, folder: Path) -> None:
         for key, value in args.as_dict().items()
     }
     accelerator.init_trackers(project, config=config, init_kwargs=init_kwargs)
+
+
+def wandb_is_set_up() -> bool:
+    """Whether somebody has told wandb on this machine who they are, or how to record.
+
+    Looked up where wandb itself does, without the second that its import takes.
+    """
+    mode = os.environ.get("WANDB_MODE")
+    if mode or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return mode != "disabled"
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb"))
+    files = [folder / "settings", Path(os.environ.get("WANDB_DIR", ".")) / "wandb" / "settings"]
+    settings = configparser.ConfigParser(interpolation=None)
+    for file in files:
+        with suppress(OSError, RuntimeError, ValueError, configparser.Error):
+            settings.read(file.expanduser(), encoding="utf-8")
+    said = settings["default"] if settings.has_section("default") else {}
+    if any(said.get(key) for key in ("api_key", "entity", "project", "mode")):
+        return said.get("mode") != "disabled"
+    base = os.environ.get("WANDB_BASE_URL") or said.get("base_url") or "https://api.wandb.ai"
+    for file in [os.environ.get("NETRC")] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
+        with suppress(OSError, RuntimeError, ValueError, netrc.NetrcParseError):
+            if urlsplit(base).netloc in netrc.netrc(Path(file).expanduser()).hosts:
+                return True
+    return False
 
 
 def _wandb_has_credentials() -> bool:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 
 class Metrics(NamedTuple):
@@ -58,6 +57,8 @@ def expected_calibration_error(
 
     $\sum_b \frac{n_b}{n} |\mathrm{acc}(b) - \mathrm{conf}(b)|$ over `num_bins` bins of confidence.
     """
+    from torchmetrics.functional.classification import multiclass_calibration_error  # slow
+
     # Rounding may leave a probability above 1, which torchmetrics would take for logits.
     probs = log_probs.double().exp().clamp(max=1.0)
     ece = multiclass_calibration_error(probs, labels, probs.shape[-1], n_bins=num_bins, norm="l1")

@@ -12,9 +12,8 @@ import math
 import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,15 +22,18 @@ from pydantic import (
     StringConstraints,
     ValidationError,
 )
-from safetensors import safe_open
-from torch import Tensor
 
 from utils.errors import UsageError, quoted
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 MOST_BYTES = 64 * 2**20  # of a JSON file; those of a run have kilobytes
 MOST_DEPTH = 64  # of nested JSON
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+# By name: JSON files are read without torch.
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # or a path
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -195,6 +197,8 @@ def read_tensors_and_metadata(
     Raises:
         UsageError: no such file, it is damaged, or a tensor is larger than that.
     """
+    from safetensors import safe_open
+
     try:
         if not path.is_file():
             raise UsageError(f"{what}: there is no file {path}.")
@@ -221,7 +225,7 @@ def check_tensor(
     name: str,
     shape: tuple[int | None, ...],
     where: str,
-    dtypes: Collection[torch.dtype] = FLOATS,
+    dtypes: Collection[torch.dtype | str] = FLOATS,
 ) -> Tensor:
     """The tensor `name`, after its shape, type and values were looked at.
 
@@ -230,7 +234,7 @@ def check_tensor(
         name: of the tensor.
         shape: what it must have; None stands for any size.
         where: the file, and on whose behalf it is read.
-        dtypes: what it may have; floats must be finite.
+        dtypes: what it may have, or their names; floats must be finite.
     Raises:
         UsageError: it is missing or breaks a rule.
     """
@@ -245,10 +249,12 @@ def check_tensor(
         raise UsageError(
             f"{where}: {quoted(name)} has shape {tuple(tensor.shape)}; it must be ({wanted})."
         )
-    if tensor.dtype not in dtypes:
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        found = str(tensor.dtype).removeprefix("torch.")
-        raise UsageError(f"{where}: {quoted(name)} is of type {found}; it must be one of {kinds}.")
+    kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    found = str(tensor.dtype).removeprefix("torch.")
+    if found not in kinds:
+        raise UsageError(
+            f"{where}: {quoted(name)} is of type {found}; it must be one of {', '.join(kinds)}."
+        )
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise UsageError(
             f"{where}: {quoted(name)} has values that are not numbers (NaN or infinite)."

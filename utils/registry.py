@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import importlib.util
 import sys
 import traceback
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +18,37 @@ from typing import Any
 from utils.errors import UsageError, described, quoted
 
 
+class LazyTable(UserDict[str, Any]):
+    """A table of names whose entries may be "module:NAME", imported when they are asked for.
+
+    So names can be listed, and a wrong one refused, without the libraries behind the entries. `in`,
+    `len` and iteration import nothing; whatever gives an entry imports that one.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(self.data[name], str):
+            module, _, attribute = self.data[name].partition(":")
+            self.data[name] = getattr(importlib.import_module(module), attribute)
+        return self.data[name]
+
+    def module_of(self, name: str) -> str:
+        """The module that has the entry, which need not be imported for that."""
+        entry = self.data[name]
+        return entry.partition(":")[0] if isinstance(entry, str) else entry.__module__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'blob'?"`, or a full stop where nothing is close."""
+    nearest = closest(name, known)
+    return "." if nearest is None else f"; did you mean '{nearest}'?"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The name that is spelled most like this one; None where nothing is close."""
     by_lowered = {key.lower(): key for key in known}
     # nothing is close to a name of ten thousand characters, and the search is quadratic
     close = difflib.get_close_matches(name[:100].lower(), by_lowered, n=1, cutoff=0.5)
-    return f"; did you mean '{by_lowered[close[0]]}'?" if close else "."
+    return by_lowered[close[0]] if close else None
 
 
 def names_code(name: str) -> bool:
@@ -41,9 +68,14 @@ def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     """
     if names_code(name):
         return load_from_file(name, what)
-    for key, value in table.items():
+    return table[find_key(table, name, what)]
+
+
+def find_key(table: Mapping[str, Any], name: str, what: str) -> str:
+    """The key of `table` that `name` is, without looking at its entry; see `lookup`."""
+    for key in table:
         if key.lower() == name.lower():
-            return value
+            return key
     raise UsageError(
         f"unknown {what} {quoted(name)}{did_you_mean(name, table)} Known: "
         f"{', '.join(sorted(table))}; or give your own as path/to/file.py:NAME."

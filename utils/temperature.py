@@ -6,7 +6,6 @@ import math
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from utils.metrics import negative_log_likelihood, posterior_predictive
@@ -29,6 +28,7 @@ def fit_temperature(log_probs: Float[Tensor, "n N C"], labels: Int[Tensor, " n"]
         log_probs: of every draw, (n, N, C).
         labels: (n,)
     """
+    from scipy.optimize import minimize_scalar
 
     def nll(log_temperature: float) -> float:
         scaled = posterior_predictive(scale(log_probs, math.exp(log_temperature)))

@@ -21,7 +21,7 @@ from utils.errors import RunError
 from utils.interrupts import interrupts
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
-from utils.run_folder import predictions_file
+from utils.run_paths import predictions_file
 from utils.temperature import fit_temperature, scale
 
 if TYPE_CHECKING:

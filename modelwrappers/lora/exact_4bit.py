@@ -13,11 +13,14 @@ from __future__ import annotations
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # The attribute of a `Linear4bit` that its forward looks at.
 SWITCH = "support_avx512bf16_for_cpu"
@@ -57,6 +60,42 @@ def deny_avx512bf16() -> None:
     too late for that; `use_exact_4bit` still holds.
     """
     sys.meta_path.insert(0, _WithoutAvx512Bf16())
+
+
+class _Delayed(ModuleType):
+    """A module whose code runs when somebody looks into it.
+
+    `importlib.util.LazyLoader` would not do: its modules run at any question, and `inspect` asks
+    every module for its file while torch is imported, when bitsandbytes cannot be.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in ("__path__", "__version__", "__all__"):
+            raise AttributeError(name)  # what tools ask of every module there is
+        spec = self.__spec__
+        self.__class__ = ModuleType
+        self.__path__ = spec.submodule_search_locations
+        try:
+            spec.loader.exec_module(self)
+        except BaseException:
+            sys.modules.pop(spec.name, None)
+            raise
+        return getattr(self, name)
+
+
+def delay_bitsandbytes() -> None:
+    """Let bitsandbytes be imported by whoever looks into it, not by whoever names it.
+
+    PEFT names it while it is imported itself, and bitsandbytes takes as long as torch, because it
+    imports torch's compiler. A call that turns out to be wrong, or asks for a method's flags, never
+    looks into it. Where it is there already, nothing happens.
+    """
+    if "bitsandbytes" in sys.modules or (spec := find_spec("bitsandbytes")) is None:
+        return
+    module = _Delayed(spec.name)
+    module.__spec__, module.__file__ = spec, spec.origin
+    module.__loader__, module.__package__ = spec.loader, spec.name
+    sys.modules[spec.name] = module  # without __path__: who imports a part of it looks into it
 
 
 def use_exact_4bit(model: nn.Module) -> None:
