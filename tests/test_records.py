@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 import main
 from modelwrappers import WRAPPERS
-from modelwrappers.engine.adapter_config import AdapterConfig, PosteriorRecord
+from modelwrappers.engine.adapter_config import AdapterConfig
+from modelwrappers.engine.posterior import PosteriorRecord
 from utils.args import build_parser, flag_value, stored_value
 from utils.errors import LONGEST_MESSAGE, RunError, UsageError, printable, quoted
 from utils.records import (
