@@ -101,7 +101,8 @@ def load_posterior(
         path_or_hub_id: a run's folder, or a hub repo.
         model: the base model, if it has moved since: hub id, folder or embedded alias.
         device: "auto", "cpu" or "cuda".
-        modelwrapper: for a posterior of a method of your own, its "path/to/file.py:CLASS".
+        modelwrapper: for a posterior of a method of your own, its "path/to/file.py:CLASS"; or
+            another method, which then takes the adapter that the posterior is over.
     Returns:
         the wrapper of the method that made it, in evaluation mode: `predict(loader)`,
         `evaluate(loader)`, `forward_logits(batch, n_samples=N)`. A temperature that the run has
@@ -128,7 +129,7 @@ def load_posterior(
     called = {"modelwrapper": method, "load_lora_path": str(folder), "device": device}
     if model is not None:
         called |= {"model": str(model), "load_model_path": None}
-    args = settings_of(get_wrapper(method), called, _settings(record, method), where)
+    args = settings_of(get_wrapper(method), called, _settings(record, get_wrapper(method)), where)
     accelerator = Accelerator(cpu=device == "cpu" or None)
     wrapper = build_wrapper(args, len(record.choices), accelerator, saved)
     _take_answers(wrapper, record, where)
@@ -140,16 +141,18 @@ def load_posterior(
     return wrapper.eval()
 
 
-def _settings(record: PosteriorRecord, method: str) -> dict[str, object]:
+def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict[str, object]:
     """What a record says, by the names of the flags whose rules it is held against."""
-    kept = get_wrapper(method).posterior_flags
-    return {
+    settings = {
         **record.model_dump(include={*BASE_MODEL_FLAGS, "dataset_type"}),
         **record.rows.model_dump(),
-        **{key: record.flags[key] for key in kept if key in record.flags},
-        "bayes_eval_n_samples_final": record.n_draws,
         "dataset": record.dataset.rpartition(":")[2],  # a name: nothing is looked up
     }
+    if not _is_by(record, wrapper_class):  # only the adapter is taken
+        return settings
+    kept = wrapper_class.posterior_flags
+    own = {key: record.flags[key] for key in kept if key in record.flags}
+    return settings | own | {"bayes_eval_n_samples_final": record.n_draws}
 
 
 def _take_answers(wrapper: WrapperBase, record: PosteriorRecord, where: str) -> None:

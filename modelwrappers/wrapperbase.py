@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from modelwrappers.engine.adapter_config import CONFIG_FILE
 from modelwrappers.engine.logits import ClassLogits
 from modelwrappers.engine.posterior import ADAPTER_FILE, RECORD_FILE, TENSORS_FILE, PosteriorRecord
 from modelwrappers.engine.prediction import Batch, Predictions
-from modelwrappers.lora.backbone import adapter_acts, facts_of
+from modelwrappers.lora.backbone import facts_of, settle_generate
 from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.heads import head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
@@ -115,7 +114,7 @@ class WrapperBase(ClassLogits, PeftModel):
         # Around nn.Module's bookkeeping: the loop holds the wrapper, not the other way round.
         self.__dict__["loop"] = None
         self._wandb_logger = None
-        self._refuse_to_generate(model)
+        settle_generate(model, args.modelwrapper if self.final_draws() else None)
         self._trained_base_layers = train_head_under_lora(self, roots)
 
     # --- hooks ------------------------------------------------------------------------------------
@@ -244,16 +243,6 @@ class WrapperBase(ClassLogits, PeftModel):
         """Add this batch's share to the gradients of the current update."""
         weight = self.loop.loss_weight if self.loop is not None else 1.0
         self.accelerator.backward(loss * weight)
-
-    def _refuse_to_generate(self, model: PreTrainedModel) -> None:
-        """Let `generate` of a posterior raise, by whatever way it is reached, until it is built.
-
-        The base model generates with the adapter that PEFT has put into it, so this is where it
-        would use a single set of weights without a word. Point estimates generate as PEFT's do.
-        """
-        model.__dict__.pop("generate", None)  # of an earlier wrapper around the same model
-        if self.final_draws() and hasattr(model, "generate"):
-            model.generate = partial(_generate, model, self.args.modelwrapper)
 
     # --- parameters -------------------------------------------------------------------------------
 
@@ -442,15 +431,3 @@ class WrapperBase(ClassLogits, PeftModel):
     def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
         """Fill the adapter from a folder; see `engine.posterior.load_weights`."""
         posterior.load_weights(self, folder, adapter_name)
-
-
-def _generate(model: PreTrainedModel, method: str, *args, **kwargs):
-    """`model.generate`, unless the adapter in it is a posterior whose draws differ."""
-    if adapter_acts(model):
-        raise UsageError(
-            f"generate: the adapter is a posterior ({method}), and text cannot be generated from "
-            "its draws yet; a single set of weights would be used without saying so. To have just "
-            "that, call merge_adapter() first (the posterior mean; of an ensemble the active "
-            "member), or generate with the base model inside of disable_adapter()."
-        )
-    return type(model).generate(model, *args, **kwargs)

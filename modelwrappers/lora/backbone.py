@@ -7,6 +7,7 @@ configuration from `--lora-*` and `--target-modules`, or from the adapter that i
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,33 @@ def adapter_acts(model: nn.Module) -> bool:
     """Whether a forward goes through LoRA: it is there, and neither merged nor disabled."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return bool(layers) and not any(layer.merged or layer.disable_adapters for layer in layers)
+
+
+def settle_generate(model: PreTrainedModel, posterior: str | None) -> None:
+    """Let `generate` of a posterior raise, by whatever way it is reached, until it is built.
+
+    The base model generates with the adapter that PEFT has put into it, so this is where it would
+    use a single set of weights without a word. Point estimates generate as PEFT's do.
+
+    Args:
+        model: the base model.
+        posterior: the method's name, or None for a point estimate.
+    """
+    model.__dict__.pop("generate", None)  # of an earlier wrapper around the same model
+    if posterior is not None and hasattr(model, "generate"):
+        model.generate = partial(_generate, model, posterior)
+
+
+def _generate(model: PreTrainedModel, method: str, *args, **kwargs):
+    """`model.generate`, unless the adapter in it is a posterior whose draws differ."""
+    if adapter_acts(model):
+        raise UsageError(
+            f"generate: the adapter is a posterior ({method}), and text cannot be generated from "
+            "its draws yet; a single set of weights would be used without saying so. To have just "
+            "that, call merge_adapter() first (the posterior mean; of an ensemble the active "
+            "member), or generate with the base model inside of disable_adapter()."
+        )
+    return type(model).generate(model, *args, **kwargs)
 
 
 def facts_of(model: PreTrainedModel) -> dict[str, Any]:
