@@ -394,7 +394,7 @@ def text_first(question: str) -> Callable[[Row], Prompt]:
 
 
 def sciq_choices(row: Row) -> list[str]:
-    """The right answer and the three distractors, in an order that hangs on the question only.
+    """The right answer and the three distractors, in an order that depends on the question only.
 
     The source names them apart: in any fixed order the answer would always have the same letter.
     """

@@ -25,26 +25,27 @@ if TYPE_CHECKING:
 
 deny_avx512bf16()  # before anything of ours imports PEFT, which imports bitsandbytes
 
-_METHODS = {
-    "map": "modelwrappers.map:MAP",
-    "mle": "modelwrappers.map:MAP",
-    "mcdropout": "modelwrappers.mcdropout:MCDropout",
-    "deepensemble": "modelwrappers.deepensemble:DeepEnsemble",
-    "blob": "modelwrappers.blob:BLoB",
-    "laplace": "modelwrappers.laplace:Laplace",
-    "tfb": "modelwrappers.tfb:TFB",
-    # the original's names: tfb, and tfb with --tfb-criterion flips
-    "tfblora": "modelwrappers.tfb:TFB",
-    "tfblora_acc": "modelwrappers.tfb:TFB",
-}
-WRAPPERS = LazyTable(_METHODS)
+WRAPPERS = LazyTable(
+    {
+        "map": "modelwrappers.map:MAP",
+        "mle": "modelwrappers.map:MAP",
+        "mcdropout": "modelwrappers.mcdropout:MCDropout",
+        "deepensemble": "modelwrappers.deepensemble:DeepEnsemble",
+        "blob": "modelwrappers.blob:BLoB",
+        "laplace": "modelwrappers.laplace:Laplace",
+        "tfb": "modelwrappers.tfb:TFB",
+        # the original's names: tfb, and tfb with --tfb-criterion flips
+        "tfblora": "modelwrappers.tfb:TFB",
+        "tfblora_acc": "modelwrappers.tfb:TFB",
+    }
+)
 # What `from modelwrappers import ...` imports when it is asked for: the classes by their own names,
 # and the ways to a wrapper.
 _EXPORTED = LazyTable(
     {
         place.rpartition(":")[2]: place
         for place in (
-            *_METHODS.values(),
+            *WRAPPERS.data.values(),
             "modelwrappers.wrapperbase:WrapperBase",
             "modelwrappers.loading:build_wrapper",
             "modelwrappers.loading:load_posterior",

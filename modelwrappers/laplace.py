@@ -39,6 +39,8 @@ from modelwrappers.lora.curvature import (
     CURVATURES,
     Projection,
     Tape,
+    block_tensors,
+    read_blocks,
     softmax_hessian_root,
 )
 from modelwrappers.lora.heads import head_modules
@@ -502,12 +504,9 @@ class Laplace(WrapperBase):
 
     def posterior_tensors(self) -> dict[str, Tensor]:
         """The posterior's factors: eigenvectors and eigenvalues, by projection."""
-        tensors = {}
         if self.posterior is None:
-            return tensors
-        for i, block in enumerate(self.posterior.blocks):
-            for j, (vectors, values) in enumerate(block):
-                tensors |= {f"{i}.{j}.vectors": vectors, f"{i}.{j}.values": values}
+            return {}
+        tensors = block_tensors(self.posterior.blocks)
         for projection in self.projections:
             if projection.rows is not None:
                 tensors["rows"] = projection.rows
@@ -541,7 +540,7 @@ class Laplace(WrapperBase):
         )
 
     def _take_factors(self, found: Description, tensors: dict[str, Tensor], where: str) -> None:
-        """The posterior that `_tensors` and `method_config` describe.
+        """The posterior that `posterior_tensors` and `method_config` describe.
 
         Raises:
             UsageError: they do not fit each other or the adapter.
@@ -578,37 +577,10 @@ class Laplace(WrapperBase):
         shapes = [tuple(projection.weight.shape) for projection in self.projections]
         if self.hessian != "kron":
             shapes = [(sum(math.prod(shape) for shape in shapes),)]
-        blocks, taken = [], set()
-        for i, shape in enumerate(shapes):
-            blocks.append([])
-            for j, width in enumerate(shape):
-                names = f"{i}.{j}.vectors", f"{i}.{j}.values"
-                taken.update(names)
-                values = check_tensor(tensors, names[1], (None,), where)
-                expected = (0,) if self.hessian == "diag" else (width, len(values))
-                vectors = check_tensor(tensors, names[0], expected, where)
-                number = width if self.hessian == "diag" else min(width, len(values))
-                if len(values) != number:
-                    refuse(f"{names[1]} has {len(values)} eigenvalues, more than {width}")
-                if (values < 0).any():
-                    refuse(f"{names[1]} has negative eigenvalues, which no curvature has")
-                if self.hessian != "diag" and not _is_orthonormal(vectors):
-                    refuse(f"the columns of {names[0]} are not orthonormal")
-                blocks[-1].append((vectors.to(device), values.to(device)))
-        if tensors.keys() - taken:
-            refuse(f"unknown tensor {quoted(min(tensors.keys() - taken))}")
+        blocks = read_blocks(tensors, shapes, self.hessian == "diag", where, refuse)
+        blocks = [[(q.to(device), v.to(device)) for q, v in block] for block in blocks]
         self.posterior = self._build_posterior(blocks)
         self.posterior.prior_precision = found.laplace.prior_precision
-
-
-def _is_orthonormal(vectors: Tensor) -> bool:
-    """Up to the rounding of float32 factors."""
-    gram = vectors.double().mT @ vectors.double()
-    return (
-        bool((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max() < 1e-3)
-        if len(gram)
-        else True
-    )
 
 
 def _posterior_class(structure: str):

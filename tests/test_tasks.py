@@ -66,7 +66,7 @@ MULTIPLE_CHOICE = {
         "Choices:\nA) oven\nB) shelf\nC) pond\nD) engine\nE) cloud\nAnswer:",
         1,
     ),
-    "sciq": (  # its choices stand in an order that hangs on the question
+    "sciq": (  # its choices stand in an order that depends on the question
         f"{HEAD}What do plants take from the air?\n"
         "Choices:\nA) helium\nB) carbon dioxide\nC) oxygen\nD) steam\nAnswer:",
         1,

@@ -18,15 +18,18 @@ functorch cannot do this on bitsandbytes layers, and KFAC libraries count paddin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from utils.errors import RunError
+from utils.errors import RunError, quoted
+from utils.records import check_tensor
 from utils.seeding import mix_seed
+
+Block = list[tuple[Tensor, Tensor]]  # (eigenvectors, eigenvalues) of each factor of a projection
 
 
 class Projection(NamedTuple):
@@ -227,7 +230,7 @@ class KronCurvature:
             *(gram.total for grams in (self.gradients, self.inputs) for gram in grams),
         ]
 
-    def blocks(self) -> list[list[tuple[Tensor, Tensor]]]:
+    def blocks(self) -> list[Block]:
         """Per projection (eigenvectors, eigenvalues) of the gradients' and the inputs' factor."""
         result = []
         for gradients, inputs, rows in zip(
@@ -253,7 +256,7 @@ class FullCurvature:
     def tensors(self) -> list[Tensor]:
         return [self.gram.total]
 
-    def blocks(self) -> list[list[tuple[Tensor, Tensor]]]:
+    def blocks(self) -> list[Block]:
         return [[self.gram.eigen()]]
 
 
@@ -272,9 +275,71 @@ class DiagonalCurvature:
     def tensors(self) -> list[Tensor]:
         return [self.total]
 
-    def blocks(self) -> list[list[tuple[Tensor, Tensor]]]:
+    def blocks(self) -> list[Block]:
         """The eigenvectors of a diagonal matrix go without saying."""
         return [[(torch.empty(0), self.total.double())]]
 
 
 CURVATURES = {"kron": KronCurvature, "diag": DiagonalCurvature, "full": FullCurvature}
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+
+def block_tensors(blocks: list[Block]) -> dict[str, Tensor]:
+    """Eigenvectors and eigenvalues of every factor, by projection and factor."""
+    tensors = {}
+    for i, block in enumerate(blocks):
+        for j, (vectors, values) in enumerate(block):
+            tensors |= {f"{i}.{j}.vectors": vectors, f"{i}.{j}.values": values}
+    return tensors
+
+
+def read_blocks(
+    tensors: Mapping[str, Tensor],
+    shapes: list[tuple[int, ...]],
+    is_diagonal: bool,
+    where: str,
+    refuse: Callable[[str], NoReturn],
+) -> list[Block]:
+    """The inverse of `block_tensors`, of tensors that a file holds.
+
+    Args:
+        tensors: the file's.
+        shapes: of the projections' weights, or the one number of all parameters.
+        is_diagonal: whether eigenvectors go without saying.
+        where: the file, for messages.
+        refuse: raises the error, given the reason.
+    Raises:
+        UsageError: they are not the spectrum of a curvature of these shapes.
+    """
+    blocks, taken = [], set()
+    for i, shape in enumerate(shapes):
+        blocks.append([])
+        for j, width in enumerate(shape):
+            names = f"{i}.{j}.vectors", f"{i}.{j}.values"
+            taken.update(names)
+            values = check_tensor(tensors, names[1], (None,), where)
+            expected = (0,) if is_diagonal else (width, len(values))
+            vectors = check_tensor(tensors, names[0], expected, where)
+            number = width if is_diagonal else min(width, len(values))
+            if len(values) != number:
+                refuse(f"{names[1]} has {len(values)} eigenvalues, more than {width}")
+            if (values < 0).any():
+                refuse(f"{names[1]} has negative eigenvalues, which no curvature has")
+            if not is_diagonal and not _is_orthonormal(vectors):
+                refuse(f"the columns of {names[0]} are not orthonormal")
+            blocks[-1].append((vectors, values))
+    if tensors.keys() - taken:
+        refuse(f"unknown tensor {quoted(min(tensors.keys() - taken))}")
+    return blocks
+
+
+def _is_orthonormal(vectors: Tensor) -> bool:
+    """Up to the rounding of float32 factors."""
+    gram = vectors.double().mT @ vectors.double()
+    return (
+        bool((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max() < 1e-3)
+        if len(gram)
+        else True
+    )

@@ -14,7 +14,7 @@ from laplace import DiagLaplace, KronLaplace
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
-Block = list[tuple[Tensor, Tensor]]  # (eigenvectors, eigenvalues) of each factor of a projection
+from modelwrappers.lora.curvature import Block
 
 
 class LowRankKron(KronDecomposed):
