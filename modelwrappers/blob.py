@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelwrappers.lora.draws import Draws
 from modelwrappers.lora.stochastic import (
@@ -56,6 +56,8 @@ class BLoB(GaussianPosterior, WrapperBase):
         super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
         self.draws = Draws(self.args.flipout)
         attach_posterior(self, adapter_name, self.args.bayes_eps, self.draws)
+        self.means: list[nn.Parameter] = []  # filled when everything is on its device
+        self.rhos: list[nn.Parameter] = []
         self.kl_step = 0  # updates of the KL's weight done
         self.num_kl_batches = 1
 

@@ -32,7 +32,7 @@ from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.heads import head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
 from utils.args import Args, settings_of
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
 from utils.records import Record, as_record
@@ -105,6 +105,9 @@ class WrapperBase(ClassLogits, PeftModel):
         self.prompt: posterior.Prompt | None = None  # what a row looks like
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
+        # data, of `prepare_for_fit_evaluate`
+        self.dataset = self.train_loader = self.eval_loader = self.held_out_loader = None
+        self.shifted: dict[str, tuple[Any, Iterable[Batch]]] = {}  # name -> data set and loader
         # what training makes
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
@@ -342,7 +345,16 @@ class WrapperBase(ClassLogits, PeftModel):
     def fit(
         self, train_loader: Iterable[Batch], eval_loader: Iterable[Batch] | None = None
     ) -> None:
-        """Train for `last_step` updates, from wherever the loop stands; see `Loop.run`."""
+        """Train for `last_step` updates, from wherever the loop stands; see `Loop.run`.
+
+        Raises:
+            RunError: there is no loop yet, or the loss is not a number.
+        """
+        if self.loop is None:
+            raise RunError(
+                "fit: there is nothing to train; call prepare_for_fit_evaluate first, with a "
+                "length (max_train_steps or n_epochs)."
+            )
         self.loop.run(train_loader, eval_loader)
 
     def predict(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Predictions:
@@ -364,6 +376,8 @@ class WrapperBase(ClassLogits, PeftModel):
 
     def fit_evaluate(self) -> Metrics:
         """Train if there is anything to train, evaluate, and leave the results in the folder."""
+        if self.eval_loader is None:
+            raise RunError("fit_evaluate needs data; call prepare_for_fit_evaluate first.")
         seconds = 0.0
         if self.num_training_steps:
             started = time.perf_counter()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import main
 from modelwrappers import WRAPPERS, BLoB, load_posterior
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 
 TARGETS = {"causallm": ["q_proj", "v_proj"], "seqcls": ["query", "value"]}
 TRAINED_HERE = ("map", "mcdropout", "deepensemble", "blob")
@@ -261,3 +261,15 @@ def test_a_record_says_what_a_row_looks_like(causal_flags):
     assert dataset.task.example["text"] in prompt["text"][0]
     assert dataset.tokenizer.decode(prompt["input_ids"]).startswith(prompt["text"][0][:20])
     assert load_posterior(run_folder(flags), device="cpu").prompt.model_dump() == prompt
+
+
+def test_verbs_that_come_too_early_say_what_is_missing(request):
+    wrapper = in_memory("seqcls", request)
+    with pytest.raises(RunError, match="prepare_for_fit_evaluate"):
+        wrapper.fit([batch_of()])
+    with pytest.raises(RunError, match="prepare_for_fit_evaluate"):
+        wrapper.fit_evaluate()
+    causal = in_memory("causallm", request, "map")
+    causal.target_ids = None
+    with pytest.raises(RunError, match="target_ids"):
+        causal.training_step(batch_of())
