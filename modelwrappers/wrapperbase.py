@@ -370,7 +370,8 @@ class WrapperBase(ClassLogits, PeftModel):
 
     def evaluate(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Metrics:
         """Metrics of the posterior predictive over all rows; keeps the draws in `predictions`."""
-        self.predictions = self.predict(eval_loader, n_samples)
+        draws = prediction.draws_for(self.predict, n_samples)
+        self.predictions = self.predict(eval_loader, **draws)
         log_probs, labels, _ = self.predictions
         return score(posterior_predictive(log_probs), labels, self.args.num_bins)
 

@@ -301,3 +301,29 @@ def test_what_a_methods_own_evaluate_returns_becomes_numbers(causal_flags, tmp_p
     assert main.run(flags) == code
     if code == 0:
         assert main.run(flags) == 0, "it is finished, and metrics.json can be read"
+
+
+def test_verbs_without_a_number_of_draws_decide_by_themselves(classifier_flags, custom):
+    """As methods were written before `predict` and `evaluate` took one."""
+    text = (
+        CLASSIFIER
+        + """
+    is_stochastic = True
+    called = []
+
+    def predict(self, eval_loader):
+        self.called.append("predict")
+        return super().predict(eval_loader)
+
+    def evaluate(self, eval_loader):
+        self.called.append("evaluate")
+        return super().evaluate(eval_loader)
+
+    def fit_evaluate(self):
+        metrics = super().fit_evaluate()
+        assert self.called == ["evaluate", "predict"] * 3, self.called
+        return metrics
+"""
+    )
+    flags = ["--max-train-steps", "5", "--eval-per-steps", "2", "--modelwrapper", custom(text)]
+    main.main([*classifier_flags, *flags])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,6 +63,15 @@ def stacked_copies(
         copies = range(start, min(start + most, number))
         stacked = {key: torch.cat([value] * len(copies)) for key, value in batch.items()}
         yield forward(stacked, copies).unflatten(0, (len(copies), rows))
+
+
+def draws_for(verb: Callable, n_samples: int | None) -> dict[str, int]:
+    """The keyword that asks `predict` or `evaluate` for a number of draws, where it takes one.
+
+    A user's own of the form `evaluate(self, eval_loader)` decides by itself.
+    """
+    takes = n_samples is not None and "n_samples" in inspect.signature(verb).parameters
+    return {"n_samples": n_samples} if takes else {}
 
 
 def with_draws(logits: Tensor) -> Float[Tensor, "B N C"]:

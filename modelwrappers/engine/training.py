@@ -9,7 +9,6 @@ It knows a wrapper by its hooks only: `training_step`, `optimizer_step`, `evalua
 
 from __future__ import annotations
 
-import inspect
 import math
 import signal
 import time
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from modelwrappers.engine.prediction import Batch, with_draws
+from modelwrappers.engine.prediction import Batch, draws_for, with_draws
 from utils.errors import RunError, UsageError, quoted
 from utils.interrupts import Interrupted, interrupts
 from utils.logging import logger
@@ -248,12 +247,10 @@ class Loop:
         args, wrapper = self.wrapper.args, self.wrapper
         limited = _spread(loader, args.eval_steps) if args.eval_steps else loader
         alone = self.accelerator.num_processes == 1  # others would wait for this process
-        draws = {"n_samples": args.bayes_eval_n_samples if wrapper.final_draws() else 0}
-        if "n_samples" not in inspect.signature(wrapper.evaluate).parameters:
-            draws = {}  # a user's own, which decides by itself
+        number = args.bayes_eval_n_samples if wrapper.final_draws() else 0
         try:
             with interrupts.deferred(wait=not alone):
-                metrics = wrapper.evaluate(limited, **draws)._asdict()
+                metrics = wrapper.evaluate(limited, **draws_for(wrapper.evaluate, number))._asdict()
         except Interrupted:
             self.save_state()  # the evaluation is due, and will be made by the resumed run
             raise
