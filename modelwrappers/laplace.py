@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -46,7 +46,7 @@ from modelwrappers.lora.curvature import (
 from modelwrappers.lora.heads import head_modules
 from modelwrappers.lora.sharding import shards_base
 from modelwrappers.wrapperbase import Batch, WrapperBase
-from utils.args import between, check_own_data, whole
+from utils.args import between, whole
 from utils.errors import RunError, UsageError, quoted
 from utils.logging import logger
 from utils.metrics import negative_log_likelihood, posterior_predictive
@@ -57,6 +57,7 @@ from utils.records import (
     Positive,
     Record,
     check_tensor,
+    read_tensors,
 )
 from utils.seeding import mix_seed
 
@@ -219,7 +220,7 @@ class Laplace(WrapperBase):
         """Curvature of the training set, then the prior precision; not for a loaded posterior."""
         if self.posterior is not None:
             return
-        check_own_data(self.args)
+        self.check_own_data()
         device = self.accelerator.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -512,9 +513,7 @@ class Laplace(WrapperBase):
                 tensors["rows"] = projection.rows
         return tensors
 
-    def take_posterior(
-        self, folder: Path, record: PosteriorRecord | None, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
         """The curvature of an adapter that was fitted already."""
         if record is None:
             return
@@ -525,7 +524,7 @@ class Laplace(WrapperBase):
         found = self.described(record, where)
         if found.laplace is None:  # saved before it was fitted
             return
-        self._take_factors(found, dict(tensors), where)
+        self._take_factors(found, read_tensors(folder / FACTORS_FILE, "--load-lora-path"), where)
         given = self.args.given
         if isinstance(given.get("laplace_prior_precision"), float):
             self.posterior.prior_precision = given["laplace_prior_precision"]

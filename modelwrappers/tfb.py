@@ -10,7 +10,7 @@ adapter; its draws run on the layer that BLoB's do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +33,6 @@ from utils.args import (
     above,
     add_switch,
     add_without_effect,
-    check_own_data,
     compatibility_group,
     whole,
 )
@@ -149,9 +148,7 @@ class TFB(GaussianPosterior, WrapperBase):
 
     # --- the method -------------------------------------------------------------------------------
 
-    def take_posterior(
-        self, folder: Path, record: PosteriorRecord | None, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
         """Rotate every layer; an adapter that TFB has searched already is taken as it is."""
         found = (
             self.described(record, f"--load-lora-path: {folder / RECORD_FILE}")
@@ -181,7 +178,7 @@ class TFB(GaussianPosterior, WrapperBase):
             set_spread(self, self.active_adapter, self.sigma)
             logger.info("TFB: sigma_q = %.5g (--bayes-beta), without a search", self.sigma)
             return
-        check_own_data(self.args)
+        self.check_own_data()
         self.sigma = self._largest_sigma(self.dataset.anchor_dataloader)
         logger.info("TFB: sigma_q = %.5f", self.sigma)
 

@@ -31,7 +31,7 @@ from modelwrappers.lora.backbone import facts_of, settle_generate
 from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.heads import head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
-from utils.args import Args, settings_of
+from utils.args import Args, check_own_data, settings_of
 from utils.errors import RunError, UsageError
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
@@ -167,7 +167,8 @@ class WrapperBase(ClassLogits, PeftModel):
         with self.sampling(num_draws):
             loss = self.loss(batch)
             self.backward(loss)
-        return {"nll": loss.detach()}
+        accuracy = self.loop.accuracy(batch["labels"]) if self.loop is not None else {}
+        return {"nll": loss.detach(), **accuracy}
 
     def optimizer_step(self) -> dict[str, float | Tensor]:
         """One update from the gradients that the batches of this update have left."""
@@ -208,21 +209,22 @@ class WrapperBase(ClassLogits, PeftModel):
     def load_posterior_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `posterior_tensors`: called when a saved posterior of it is loaded."""
 
-    def take_posterior(
-        self, folder: Path, record: PosteriorRecord | None, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
         """Called once the weights of an adapter are loaded: make them this method's posterior.
 
         Args:
             folder: where the adapter lies.
             record: what its bayes_config.json says, if this method made it and nothing is trained
                 on top; None for any other adapter.
-            tensors: of `posterior_tensors`; none without a record.
         Raises:
             UsageError: the record or a file of the posterior is damaged.
         """
         if record is not None:
-            posterior.give_back(self, record, tensors, folder / self.posterior_file)
+            posterior.give_back(self, record, folder / self.posterior_file)
+
+    def check_own_data(self) -> None:
+        """For `fit_posterior`: raise `UsageError` unless the adapter was trained on these data."""
+        check_own_data(self.args)
 
     def described(self, record: PosteriorRecord, where: str) -> Record:
         """The method's own part of a record, checked; `where` begins the message if it is not."""

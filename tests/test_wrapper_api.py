@@ -327,3 +327,23 @@ def test_verbs_without_a_number_of_draws_decide_by_themselves(classifier_flags, 
     )
     flags = ["--max-train-steps", "5", "--eval-per-steps", "2", "--modelwrapper", custom(text)]
     main.main([*classifier_flags, *flags])
+
+
+def test_a_training_step_may_train_on_more_rows_than_it_was_given(classifier_flags, custom):
+    text = (
+        CLASSIFIER
+        + """
+    def training_step(self, batch):
+        import torch
+
+        twice = {key: torch.cat([value, value]) for key, value in batch.items()}
+        logits = self.training_logits(twice)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, twice["labels"])
+        self.backward(loss)
+        return {"nll": loss.detach()}
+"""
+    )
+    flags = [*classifier_flags, "--max-train-steps", "3", "--modelwrapper", custom(text)]
+    main.main(flags)
+    lines = (run_folder(flags) / "history.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and all("acc" not in json.loads(line) for line in lines)

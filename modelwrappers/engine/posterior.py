@@ -368,24 +368,19 @@ def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
         UsageError: the record or a file of the posterior is damaged.
     """
     wrapper.load_adapter_weights(saved.folder)
-    record, tensors = None, {}
-    if is_own:
-        record = saved.record
-        if (saved.folder / wrapper.posterior_file).is_file():
-            tensors = read_tensors(saved.folder / wrapper.posterior_file, "--load-lora-path")
-        wrapper.fitted_temperature = record.temperature
-    wrapper.take_posterior(saved.folder, record, tensors)
+    record = saved.record if is_own else None
+    wrapper.fitted_temperature = record.temperature if record is not None else None
+    wrapper.take_posterior(saved.folder, record)
 
 
-def give_back(
-    wrapper: WrapperBase, record: PosteriorRecord, tensors: Mapping[str, Tensor], file: Path
-) -> None:
+def give_back(wrapper: WrapperBase, record: PosteriorRecord, file: Path) -> None:
     """`load_posterior_tensors` of a method, with what a file holds.
 
     Raises:
         UsageError: the file has not the tensors that the record names, a value is not finite, or
             the method cannot take them.
     """
+    tensors = read_tensors(file, "--load-lora-path") if file.is_file() else {}
     if odd := sorted(set(record.tensors) ^ set(tensors)):
         raise UsageError(
             f"--load-lora-path: {file} and {RECORD_FILE} do not fit each other: {quoted(odd[0])} "

@@ -202,7 +202,7 @@ class Loop:
             self._forward.logits = None
             with nullcontext() if is_last else no_sync():
                 values = wrapper.training_step(batch)
-            for key, value in (values | self._accuracy(batch["labels"])).items():
+            for key, value in values.items():
                 totals[key] = totals.get(key, 0.0) + self.loss_weight * value
         told = {"told to stop": float(interrupts.number is not None)}
         totals = self._to_floats(totals | told)
@@ -223,10 +223,10 @@ class Loop:
             )
         return totals | done
 
-    def _accuracy(self, labels: Tensor) -> dict[str, Tensor]:
-        """Of the training forward, if there was one through the view."""
+    def accuracy(self, labels: Tensor) -> dict[str, Tensor]:
+        """What to log of the last training forward, if it was one of the rows of these labels."""
         logits = self._forward.logits
-        if logits is None:
+        if logits is None or len(logits) != len(labels):
             return {}
         predicted = logits.float().softmax(-1).mean(1).argmax(-1)
         return {"acc": (predicted == labels).float().mean()}
