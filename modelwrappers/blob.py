@@ -32,7 +32,7 @@ from modelwrappers.lora.stochastic import (
 )
 from modelwrappers.wrapperbase import WrapperBase
 from utils.args import above, add_switch, add_without_effect, between
-from utils.errors import UsageError, quoted
+from utils.errors import RunError, UsageError, quoted
 from utils.logging import logger, notice_once
 from utils.optim import build_optimizer, linear_schedule
 from utils.records import Count, Record, as_record
@@ -152,6 +152,10 @@ class BLoB(GaussianPosterior, WrapperBase):
         100 n^(pi/gamma) / (processes x batch size), as published; accumulated batches count as one.
         """
         args = self.args
+        if self.train_loader is None:
+            raise RunError(
+                "BLoB's optimizers follow the data set: call prepare_for_fit_evaluate first."
+            )
         if not args.bayes_datasetrescaling:
             return max(1, -(-len(self.train_loader) // args.grad_accum_steps))
         scale = 100 * self.dataset.num_samples ** (math.pi / args.bayes_gamma)

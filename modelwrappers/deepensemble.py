@@ -74,6 +74,7 @@ class DeepEnsemble(WrapperBase):
 
     def fit(self, train_loader: Iterable[Batch], eval_loader=None) -> None:
         """Train every member in turn; a resumed run goes on in the member it was in."""
+        self.resume_once()
         for member in range(self.member, len(self.members)):
             if member > self.member:
                 self._begin(member)

@@ -197,7 +197,8 @@ class Laplace(WrapperBase):
         if args.load_lora_path is None and not (args.max_train_steps or args.n_epochs):
             raise UsageError(
                 "Laplace is a posterior around a trained adapter, but there is none: pass "
-                "--load-lora-path, or train one first with --max-train-steps or --n-epochs."
+                "--load-lora-path, or train one first with --max-train-steps or --n-epochs (in "
+                'Python: load_posterior(folder, modelwrapper="laplace"), or max_train_steps=N).'
             )
         if args.opt_wd is None:
             args.opt_wd = 1e-5  # as `map`

@@ -124,7 +124,10 @@ def load_posterior(
             'modelwrapper="path/to/file.py:CLASS".'
         )
     if record.choices is None:
-        raise UsageError(f"{where} does not say what its answers are.")
+        raise UsageError(
+            f"{where} does not say what its answers are; set `wrapper.answers`, the C choices in "
+            "label order, before you save the posterior."
+        )
     method = modelwrapper or record.modelwrapper
     called = {"modelwrapper": method, "load_lora_path": str(folder), "device": device}
     if model is not None:

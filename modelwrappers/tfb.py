@@ -120,7 +120,8 @@ class TFB(GaussianPosterior, WrapperBase):
     def check_arguments(cls, args) -> None:
         if args.load_lora_path is None:
             raise UsageError(
-                "TFB makes a trained adapter Bayesian, but there is none; pass --load-lora-path."
+                "TFB makes a trained adapter Bayesian, but there is none; pass --load-lora-path "
+                '(in Python: load_posterior(folder, modelwrapper="tfb")).'
             )
         if args.max_train_steps or args.n_epochs:
             notice_once("TFB trains nothing: --max-train-steps and --n-epochs have no effect.")

@@ -23,15 +23,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from modelwrappers.engine import posterior, prediction, results, training
-from modelwrappers.engine.adapter_config import CONFIG_FILE
 from modelwrappers.engine.logits import ClassLogits
-from modelwrappers.engine.posterior import ADAPTER_FILE, RECORD_FILE, TENSORS_FILE, PosteriorRecord
+from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.engine.prediction import Batch, Predictions
 from modelwrappers.lora.backbone import facts_of, settle_generate
 from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.heads import head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
-from utils.args import Args, check_own_data, settings_of
+from utils.args import Args, check_own_data, check_settings, settings_of
 from utils.errors import RunError, UsageError
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
@@ -59,19 +58,14 @@ class WrapperBase(ClassLogits, PeftModel):
         adapter_name: PEFT's name for the adapter.
         settings: flags, instead of `args`.
     Raises:
-        UsageError: a setting is no flag of the method, or breaks its rule.
+        UsageError: a setting is not a flag of the method, or breaks its rule.
     """
 
     is_stochastic = False  # whether draws differ; else one forward answers for any number of them
     has_members = False  # whether an adapter folder may hold several of them
     # what an adapter's folder holds, by exact name; {n} stands for a number
-    adapter_files: ClassVar[tuple[str, ...]] = (
-        ADAPTER_FILE,
-        CONFIG_FILE,
-        RECORD_FILE,
-        TENSORS_FILE,
-    )
-    posterior_file = TENSORS_FILE  # which of them holds `posterior_tensors`
+    adapter_files: ClassVar[tuple[str, ...]] = posterior.FILES
+    posterior_file = posterior.TENSORS_FILE  # which of them holds `posterior_tensors`
     learning_rate_flags: ClassVar[tuple[str, ...]] = ("--lr",)  # of its optimizers, for messages
     posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
     Description: ClassVar[type[Record]] = Record  # the type of what `method_config` says
@@ -86,6 +80,7 @@ class WrapperBase(ClassLogits, PeftModel):
         **settings,
     ) -> None:
         if args is None:
+            check_settings(settings)
             args = settings_of(type(self), facts_of(model) | settings)
         elif settings:
             raise UsageError(f"{', '.join(settings)}: with `args` settings are flags in there.")
@@ -98,14 +93,14 @@ class WrapperBase(ClassLogits, PeftModel):
         self.accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu" or None)
         self.run_folder: RunFolder | None = None
         if args.output_dir is not None:
-            rank, number = self.accelerator.process_index, self.accelerator.num_processes
-            self.run_folder = RunFolder(run_folder_path(args), rank, number, self.adapter_files)
+            process = self.accelerator.process_index, self.accelerator.num_processes
+            self.run_folder = RunFolder(run_folder_path(args), *process, self.adapter_files)
         # what is predicted
         self.answers: list[str] | None = None  # the C choices, in label order
         self.prompt: posterior.Prompt | None = None  # what a row looks like
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
-        # data, of `prepare_for_fit_evaluate`
+        # of `prepare_for_fit_evaluate`
         self.dataset = self.train_loader = self.eval_loader = self.held_out_loader = None
         self.shifted: dict[str, tuple[Any, Iterable[Batch]]] = {}  # name -> data set and loader
         # what training makes
@@ -116,7 +111,8 @@ class WrapperBase(ClassLogits, PeftModel):
         self.results: dict[str, dict[str, Any]] = {}  # data set -> its block of metrics.json
         # Around nn.Module's bookkeeping: the loop holds the wrapper, not the other way round.
         self.__dict__["loop"] = None
-        self._wandb_logger = None
+        self._resumed = False
+        self.wandb_logger = None
         settle_generate(model, args.modelwrapper if self.final_draws() else None)
         self._trained_base_layers = train_head_under_lora(self, roots)
 
@@ -289,7 +285,7 @@ class WrapperBase(ClassLogits, PeftModel):
         """
         args = self.args
         self.dataset = dataset
-        self._wandb_logger = wandb_logger
+        self.wandb_logger = wandb_logger
         if self.is_causal:
             self.target_ids = dataset.target_ids.to(self.accelerator.device)
         if hasattr(dataset, "task"):
@@ -331,6 +327,18 @@ class WrapperBase(ClassLogits, PeftModel):
         self.__dict__["loop"] = training.Loop(self, self.last_step, steps_before)
 
     @property
+    def eval_n_samples(self) -> int:
+        """`final_draws`, under the name that it had."""
+        return self.final_draws()
+
+    @eval_n_samples.setter
+    def eval_n_samples(self, value: int) -> None:
+        rule = "no attribute says how many draws are taken"
+        raise UsageError(
+            f"eval_n_samples = {value}: {rule}; pass n_samples, or override final_draws."
+        )
+
+    @property
     def step(self) -> int:
         """Updates done by the current loop."""
         return self.loop.step if self.loop is not None else 0
@@ -357,7 +365,14 @@ class WrapperBase(ClassLogits, PeftModel):
                 "fit: there is nothing to train; call prepare_for_fit_evaluate first, with a "
                 "length (max_train_steps or n_epochs)."
             )
+        self.resume_once()
         self.loop.run(train_loader, eval_loader)
+
+    def resume_once(self) -> None:
+        """With --resume put the run's last state back, the first time that training begins."""
+        if self.args.resume and self.run_folder is not None and not self._resumed:
+            self._resumed = True
+            training.resume(self)
 
     def predict(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Predictions:
         """Log-probabilities of every draw for every row; see `engine.prediction.predict`.
@@ -381,27 +396,12 @@ class WrapperBase(ClassLogits, PeftModel):
         """Train if there is anything to train, evaluate, and leave the results in the folder."""
         if self.eval_loader is None:
             raise RunError("fit_evaluate needs data; call prepare_for_fit_evaluate first.")
-        seconds = 0.0
+        started = time.perf_counter()
         if self.num_training_steps:
-            started = time.perf_counter()
-            if self.args.resume:
-                training.resume(self)
             self.fit(self.train_loader, self.eval_loader if self.args.eval_per_steps else None)
-            seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started if self.num_training_steps else 0.0
         self.fit_posterior()
         return results.evaluate_run(self, seconds)
-
-    def track(self, values: Mapping[str, Any]) -> None:
-        """Send numbers to the trackers; nested ones as `outer/inner`."""
-        flat = {
-            key if not isinstance(value, dict) else f"{key}/{inner}": number
-            for key, value in values.items()
-            for inner, number in (value if isinstance(value, dict) else {"": value}).items()
-        }
-        if self.accelerator.trackers:
-            self.accelerator.log(flat, step=self.global_step)
-        if self._wandb_logger is not None and self.accelerator.is_main_process:
-            self._wandb_logger.log(flat)
 
     # --- adapters on disk -------------------------------------------------------------------------
 

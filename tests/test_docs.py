@@ -236,6 +236,7 @@ def test_every_file_of_the_project_that_is_named_exists(page):
 def test_the_tree_of_the_readme_is_the_one_there_is():
     tree = text_of(ROOT / "README.md").split("## The tree", 1)[1].split("```")[1]
     folders: list[tuple[int, Path]] = [(-1, ROOT)]
+    named = set()
     for line in tree.strip("\n").splitlines():
         indent = len(line) - len(line.lstrip())
         while folders[-1][0] >= indent:
@@ -244,8 +245,13 @@ def test_the_tree_of_the_readme_is_the_one_there_is():
         if "<" in name:
             continue
         assert (folders[-1][1] / name).exists(), line
+        named.add(folders[-1][1] / name)
         if name.endswith("/"):
             folders.append((indent, folders[-1][1] / name))
+    rooms = (ROOT / "modelwrappers", ROOT / "dataset")
+    modules = {file for room in rooms for file in room.rglob("*.py")}
+    inner = {file for file in modules if file.name == "__init__.py" and file.parent not in rooms}
+    assert not modules - inner - named, "the tree leaves out a module"
 
 
 def test_the_readme_is_short_and_every_page_is_in_its_table():

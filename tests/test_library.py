@@ -273,3 +273,37 @@ def test_verbs_that_come_too_early_say_what_is_missing(request):
     causal.target_ids = None
     with pytest.raises(RunError, match="target_ids"):
         causal.training_step(batch_of())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"load_lora_path": "somewhere"}, "load_posterior"),
+        ({"lora_r": 99}, "LoraConfig"),
+        ({"quantization": "4bit"}, "load the base model"),
+        ({"output_dir": "here"}, "save_pretrained"),
+        ({"resume": True}, "save_pretrained"),
+        ({"modelwrapper": "map"}, "the class"),
+    ],
+)
+def test_a_setting_that_could_have_no_effect_is_refused(request, setting, message):
+    with pytest.raises(UsageError, match=message):
+        in_memory("seqcls", request, **setting)
+
+
+@pytest.mark.parametrize("name", ["tfb", "laplace"])
+def test_post_hoc_methods_start_from_a_saved_adapter(name, classifier_flags):
+    flags = [*classifier_flags, "--modelwrapper", "map", "--max-train-steps", "6"]
+    main.main(flags)
+    _, dataset, _ = build([*flags, "--log-path", "again"])
+    posterior = load_posterior(run_folder(flags), device="cpu", modelwrapper=name)
+    posterior.prepare_for_fit_evaluate(dataset)
+    posterior.fit_posterior()
+    draws = posterior.predict(dataset.test_dataloader, n_samples=4).log_probs
+    assert draws.shape == (37, 4, 5) and draws.std(1).max() > 0
+
+
+def test_no_attribute_says_how_many_draws(request):
+    wrapper = in_memory("seqcls", request)
+    with pytest.raises(UsageError, match="n_samples"):
+        wrapper.eval_n_samples = 3

@@ -59,6 +59,7 @@ __all__ = [
     "between",
     "build_parser",
     "check_own_data",
+    "check_settings",
     "check_shared",
     "compatibility_group",
     "count",
@@ -409,6 +410,38 @@ def settings_of(
     args = parser.settings(unsaid | called, stored, where)
     args.output_dir = None
     return finish(args, parser, method.check_arguments, adopts=False)
+
+
+# Flags of a run that an object in memory cannot follow, and what does it there.
+_NOT_IN_MEMORY = {
+    **dict.fromkeys(
+        ("load_lora_path", "load_lora_huggingface_repo"), "load_posterior(folder) loads an adapter"
+    ),
+    **dict.fromkeys(
+        ("lora_r", "lora_alpha", "lora_dropout", "target_modules"), "LoraConfig says it"
+    ),
+    **dict.fromkeys(("apply_classhead_lora", "apply_qkv_head_lora"), "LoraConfig says it"),
+    **dict.fromkeys(
+        ("quantization", "load_in_8bit", "dtype", "gradient_checkpointing", "load_model_path"),
+        "load the base model like that",
+    ),
+    **dict.fromkeys(
+        ("output_dir", "log_path", "checkpoint_name", "checkpoint", "resume", "overwrite"),
+        "only a run has a folder; save_pretrained(folder) saves",
+    ),
+    **dict.fromkeys(("modelwrapper", "model_type", "device"), "the class and the model say it"),
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse flags that would have no effect on a method that is built without a command line.
+
+    Raises:
+        UsageError: one of them is given; the message says what to do instead.
+    """
+    for name in settings:
+        if name in _NOT_IN_MEMORY:
+            raise UsageError(f"{name}={quoted(settings[name])}: {_NOT_IN_MEMORY[name]}.")
 
 
 def check_own_data(args: Args) -> None:

@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
         return spelled
 
     def said(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """What a command line says, by attribute name, and the words that are no flags of this one.
+        """What a command line says, by attribute name, and the words that are not flags of it.
 
         Raises:
             UsageError: a value breaks its flag's rule.
@@ -216,7 +216,7 @@ def refuse_word(word: str, known: Iterable[str], elsewhere: Mapping[str, str]) -
             f"{name} is a flag of --modelwrapper {method}, which this call does not name: drop it, "
             f"or pass --modelwrapper {method}."
         )
-    suggestion = meant_flag(flag, [*known, *elsewhere])
+    suggestion = meant_flag(flag, [*known, *elsewhere]) if folded(flag).strip("-_") else None
     hint = "."
     if suggestion is not None:
         of_method = elsewhere.get(suggestion) if suggestion not in known else None
@@ -253,6 +253,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if is_said or action.default in (None, argparse.SUPPRESS):
             return told
         shown = {True: "on", False: "off"}[action.default] if is_switch(action) else action.default
+        shown = f"{shown:g}" if isinstance(shown, float) else shown
         return f"{told} (default: {str(shown).replace('%', '%%')})".lstrip()
 
 
@@ -428,7 +429,7 @@ def add_without_effect(parser: argparse.ArgumentParser, reason: str, *names: str
 
 
 def compatibility_group(parser: argparse.ArgumentParser) -> Any:
-    """The help's last group: spellings that nobody needs who does not use them already."""
+    """The help's last group: old spellings, kept for existing command lines."""
     for group in parser._action_groups:
         if group.title == COMPATIBILITY:
             return group

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter_model.safetensors"
 RECORD_FILE = "bayes_config.json"
 TENSORS_FILE = "posterior.safetensors"  # of `posterior_tensors`, where a method names no other
+FILES = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, TENSORS_FILE)  # of every adapter's folder
 FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another number
 
 # What the posterior was trained on; a posterior is one over the adapter of exactly that model.
@@ -189,7 +190,7 @@ class Saved(NamedTuple):
     Attributes:
         folder: where its files lie.
         config: PEFT's configuration of the adapter.
-        record: the posterior's; None for an adapter that is none of this project's.
+        record: the posterior's; None for an adapter that another project made.
     """
 
     folder: Path
@@ -390,7 +391,7 @@ def give_back(wrapper: WrapperBase, record: PosteriorRecord, file: Path) -> None
         return
     for key in tensors:
         if tensors[key].is_floating_point() and not tensors[key].isfinite().all():
-            raise UsageError(f"{file}: {quoted(key)} has values that are no numbers.")
+            raise UsageError(f"{file}: {quoted(key)} has values that are not finite.")
     with users_code(f"{file}: {type(wrapper).__name__}.load_posterior_tensors"), torch.no_grad():
         wrapper.load_posterior_tensors(dict(tensors))
 

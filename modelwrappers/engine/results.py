@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelwrappers.engine.prediction import Batch, Predictions
+from modelwrappers.engine.tracking import track
 from utils.errors import RunError
 from utils.interrupts import interrupts
 from utils.logging import logger
@@ -41,13 +42,13 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
     if split != "train_val":  # the others may name where anchors come from, too
         split = getattr(wrapper.dataset, "eval_split", split)
     metrics = _score_and_keep(wrapper, wrapper.eval_loader, name, split, predictions_file())
-    wrapper.track({f"final/{key}": value for key, value in metrics._asdict().items()})
+    track(wrapper, {f"final/{key}": value for key, value in metrics._asdict().items()})
     own = wrapper.predictions
     for other, (dataset, loader) in wrapper.shifted.items():
         shifted = _score_and_keep(
             wrapper, loader, other, dataset.eval_split, predictions_file(other)
         )
-        wrapper.track({f"final/{other}/{k}": value for k, value in shifted._asdict().items()})
+        track(wrapper, {f"final/{other}/{k}": value for k, value in shifted._asdict().items()})
         logger.info("%s: ACC %.4f  ECE %.4f  NLL %.4f  Brier %.4f", other, *shifted)
     wrapper.predictions = own
     if wrapper.run_folder is not None:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from modelwrappers.engine.prediction import Batch, draws_for, with_draws
+from modelwrappers.engine.tracking import track
 from utils.errors import RunError, UsageError, quoted
 from utils.interrupts import Interrupted, interrupts
 from utils.logging import logger
@@ -82,7 +83,7 @@ class Loop:
         self.view = self._synchronised(self._forward)
         self._saved_at = 0  # the update of the whole run whose state is on disk
         self._evaluation_due = False  # by a resumed run, before the next update
-        self._is_told_to_stop = False  # by a signal to one of several processes
+        self._is_told_to_stop = False  # whether any process has been told to
 
     @property
     def global_step(self) -> int:
@@ -139,7 +140,9 @@ class Loop:
                 record = {"step": self.global_step, "epoch": self.epoch, **log, "lr": rates}
                 record["seconds"] = round(time.perf_counter() - started, 4)
                 self._append_history(record)
-                wrapper.track({f"train/{key}": value for key, value in log.items()} | {"lr": rates})
+                track(
+                    wrapper, {f"train/{key}": value for key, value in log.items()} | {"lr": rates}
+                )
                 shown["nll"] = f"{log['nll']:.3f}"
                 progress.set_postfix(shown, refresh=False)
                 progress.update()
@@ -256,7 +259,7 @@ class Loop:
             raise
         self._evaluation_due = False
         self._append_history({"step": self.global_step, "eval": metrics})
-        wrapper.track({f"eval/{key}": value for key, value in metrics.items()})
+        track(wrapper, {f"eval/{key}": value for key, value in metrics.items()})
         return metrics
 
     def _append_history(self, record: dict[str, Any]) -> None:

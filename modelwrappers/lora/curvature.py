@@ -276,7 +276,7 @@ class DiagonalCurvature:
         return [self.total]
 
     def blocks(self) -> list[Block]:
-        """The eigenvectors of a diagonal matrix go without saying."""
+        """The eigenvectors of a diagonal matrix are not stored."""
         return [[(torch.empty(0), self.total.double())]]
 
 
@@ -307,7 +307,7 @@ def read_blocks(
     Args:
         tensors: the file's.
         shapes: of the projections' weights, or the one number of all parameters.
-        is_diagonal: whether eigenvectors go without saying.
+        is_diagonal: whether there are no eigenvectors to store.
         where: the file, for messages.
         refuse: raises the error, given the reason.
     Raises:
