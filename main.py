@@ -11,13 +11,15 @@ The path below is the whole program: flags, data, model and method, training and
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import platform
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +81,30 @@ def parse_args(
             check_early(early)
     elif method is None:
         build_parser(lambda parser: None, modelwrappers.catalogue().listed()).parse_args(argv)
-    wrapper = modelwrappers.get_wrapper(method)
+    with first_imports():
+        wrapper = modelwrappers.get_wrapper(method)
     parser = build_parser(wrapper.add_arguments)
     args = parser.parse_strictly(argv, config, "--config", flags_of_other_methods)
     return finish(args, parser, wrapper.check_arguments)
+
+
+@contextmanager
+def first_imports() -> Iterator[None]:
+    """Context without garbage collection, which afterwards leaves alone what is there by then.
+
+    Torch and PEFT make objects by the million when they are imported, and no garbage: to look for
+    some took a fifth of the time of a short call, once in here and once more at its end. Only where
+    nothing of them is there yet: what else a process has made by then would never be freed.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def flags_of_other_methods() -> dict[str, str]:

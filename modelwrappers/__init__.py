@@ -7,11 +7,8 @@ three of its hooks, and add one line to `WRAPPERS`. Or leave the repository alon
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,29 +87,11 @@ def get_wrapper(name: str) -> type[WrapperBase]:
     """
     check_method_name(name)
     delay_bitsandbytes()
-    with _without_collection():
-        from modelwrappers import wrapperbase
+    from modelwrappers import wrapperbase
 
-        # Files written for the original code say `from wrapperbase import WrapperBase`.
-        sys.modules.setdefault("wrapperbase", wrapperbase)
-        cls = lookup(WRAPPERS, name, "method")
+    # Files written for the original code say `from wrapperbase import WrapperBase`.
+    sys.modules.setdefault("wrapperbase", wrapperbase)
+    cls = lookup(WRAPPERS, name, "method")
     if not (isinstance(cls, type) and issubclass(cls, wrapperbase.WrapperBase)):
         raise UsageError(f"--modelwrapper {name}: it must be a subclass of WrapperBase.")
     return cls
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Context without garbage collection, which afterwards does not look at what is there by then.
-
-    Torch and PEFT make objects by the million when they are imported, and no garbage: to look for
-    some took a fifth of the time of a call, once in here and once more at the end of the program.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_enabled:
-            gc.enable()

@@ -80,7 +80,7 @@ class WrapperBase(ClassLogits, PeftModel):
         **settings,
     ) -> None:
         if args is None:
-            check_settings(settings)
+            check_settings(type(self), settings)
             args = settings_of(type(self), facts_of(model) | settings)
         elif settings:
             raise UsageError(f"{', '.join(settings)}: with `args` settings are flags in there.")

@@ -280,7 +280,10 @@ def test_verbs_that_come_too_early_say_what_is_missing(request):
     [
         ({"load_lora_path": "somewhere"}, "load_posterior"),
         ({"lora_r": 99}, "LoraConfig"),
-        ({"quantization": "4bit"}, "load the base model"),
+        ({"quantization": "4bit"}, "the model that you pass"),
+        ({"limit_eval": 3}, "the data set"),
+        ({"held_out_fraction": 0.3}, "the data set"),
+        ({"tracker": "wandb"}, "wandb run"),
         ({"output_dir": "here"}, "save_pretrained"),
         ({"resume": True}, "save_pretrained"),
         ({"modelwrapper": "map"}, "the class"),

@@ -310,3 +310,17 @@ def test_synonyms_are_of_flags_that_there_are_and_are_none_themselves():
     known = modelwrappers.catalogue().flags | set(build_parser(lambda parser: None).flags)
     assert {f"--{name}" for name in SYNONYMS} <= known
     assert not {f"--{said}" for spellings in SYNONYMS.values() for said in spellings} & known
+
+
+def test_objects_that_a_process_has_made_can_still_be_freed(tmp_path):
+    """The start leaves the libraries' objects alone, never those of whoever calls later."""
+    code = (
+        "import gc, torch, main\n"
+        "main.run(['--modelwrapper', 'blob', '--help-me'])\n"
+        "with main.first_imports(): pass\n"
+        "print(gc.get_freeze_count(), gc.isenabled())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert result.stdout.split()[-2:] == ["0", "True"], result.stdout + result.stderr

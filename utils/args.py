@@ -24,6 +24,7 @@ from utils.flags import (
 )
 from utils.logging import notice_once, wandb_is_set_up
 from utils.parser import (
+    COMPATIBILITY,
     NOT_REPEATED,
     Args,
     HelpFormatter,
@@ -412,36 +413,37 @@ def settings_of(
     return finish(args, parser, method.check_arguments, adopts=False)
 
 
-# Flags of a run that an object in memory cannot follow, and what does it there.
+# Groups of flags that a method in memory cannot follow, and what says the same there.
 _NOT_IN_MEMORY = {
-    **dict.fromkeys(
-        ("load_lora_path", "load_lora_huggingface_repo"), "load_posterior(folder) loads an adapter"
-    ),
-    **dict.fromkeys(
-        ("lora_r", "lora_alpha", "lora_dropout", "target_modules"), "LoraConfig says it"
-    ),
-    **dict.fromkeys(("apply_classhead_lora", "apply_qkv_head_lora"), "LoraConfig says it"),
-    **dict.fromkeys(
-        ("quantization", "load_in_8bit", "dtype", "gradient_checkpointing", "load_model_path"),
-        "load the base model like that",
-    ),
-    **dict.fromkeys(
-        ("output_dir", "log_path", "checkpoint_name", "checkpoint", "resume", "overwrite"),
-        "only a run has a folder; save_pretrained(folder) saves",
-    ),
-    **dict.fromkeys(("modelwrapper", "model_type", "device"), "the class and the model say it"),
+    "LoRA and base model": "the LoraConfig and the model that you pass say it",
+    "data": "the data set that you prepare with says it",
+    "run folder and resume": "only a run has a folder; save_pretrained(folder) saves",
+    "tracking": "prepare_for_fit_evaluate takes a wandb run of yours",
+    COMPATIBILITY: "it is for command lines",
 }
+_SAID_BY_OBJECTS = dict.fromkeys(
+    ("modelwrapper", "model_type", "dataset_type", "config", "device"),
+    "the class and the objects that you pass say it",
+) | dict.fromkeys(
+    ("load_lora_path", "load_lora_huggingface_repo"), "load_posterior(folder) loads an adapter"
+)
+_TAKEN_ALL_THE_SAME = ("max_seq_len",)  # it goes into the posterior's record
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
+def check_settings(method: type, settings: Mapping[str, Any]) -> None:
     """Refuse flags that would have no effect on a method that is built without a command line.
 
     Raises:
         UsageError: one of them is given; the message says what to do instead.
     """
-    for name in settings:
-        if name in _NOT_IN_MEMORY:
-            raise UsageError(f"{name}={quoted(settings[name])}: {_NOT_IN_MEMORY[name]}.")
+    for group in build_parser(method.add_arguments)._action_groups:
+        for action in group._group_actions:
+            remedy = _SAID_BY_OBJECTS.get(action.dest, _NOT_IN_MEMORY.get(group.title))
+            spellings = {f.lstrip("-").replace("-", "_") for f in action.option_strings}
+            given = settings.keys() & {action.dest, *spellings}
+            if given and remedy is not None and action.dest not in _TAKEN_ALL_THE_SAME:
+                name = min(given)
+                raise UsageError(f"{name}={quoted(settings[name])} has no effect here: {remedy}.")
 
 
 def check_own_data(args: Args) -> None:

@@ -10,6 +10,7 @@ from utils.parser import (
     add_switch,
     add_without_effect,
     between,
+    blocks,
     compatibility_group,
     count,
     draws,
@@ -165,6 +166,12 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="LAYER",
         help="layers to adapt (default: by model)",
+    )
+    lora.add_argument(
+        "--lora-layers",
+        type=blocks,
+        metavar="BLOCKS",
+        help="blocks to adapt: all, last:K, or e.g. 0,4,20-29 (default: all, or the adapter's)",
     )
     add_switch(lora, "--apply-classhead-lora", help="adapt query, value and the output head")
     add_switch(lora, "--apply-qkv-head-lora", help="adapt query, key, value and the output head")

@@ -368,6 +368,22 @@ def optional(value: str) -> str | None:
     return None if value.lower() == "none" else text(value)
 
 
+def blocks(value: str) -> str:
+    """Which blocks of a model: all, last:K, or numbers and ranges such as 0,4,20-29."""
+    folded_value = "".join(value.lower().split())
+    rule = "must be all, last:K with K of at least 1, or numbers and ranges such as 0,4,20-29"
+    is_known = re.fullmatch(
+        r"all|last:0*[1-9]\d{0,8}|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", folded_value, re.ASCII
+    )
+    if not is_known or len(value) > LONGEST_TEXT:
+        raise argparse.ArgumentTypeError(f"{rule}, but is {quoted(value)}")
+    for part in re.findall(r"\d+-\d+", folded_value):
+        first, last = map(int, part.split("-"))
+        if first > last:
+            raise argparse.ArgumentTypeError(f"has the range {part}, which ends before it begins")
+    return folded_value
+
+
 def _number(convert: type, minimum: float, maximum: float, exclusive: bool, rule: str) -> Callable:
     def parse(value: str):
         try:

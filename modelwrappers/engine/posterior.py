@@ -260,8 +260,12 @@ def _downloaded(repo: str, path: str) -> Path:
 # --- to a folder and back -------------------------------------------------------------------------
 
 
-def describe(wrapper: WrapperBase) -> PosteriorRecord:
-    """What makes the adapter Bayesian, and what it takes to predict with it."""
+def describe(wrapper: WrapperBase, tensors: Mapping[str, Tensor]) -> PosteriorRecord:
+    """What makes the adapter Bayesian, and what it takes to predict with it.
+
+    Args:
+        tensors: of `posterior_tensors`, which lie beside the record.
+    """
     args = wrapper.args
     return PosteriorRecord(
         format_version=FORMAT_VERSION,
@@ -278,7 +282,7 @@ def describe(wrapper: WrapperBase) -> PosteriorRecord:
         temperature=wrapper.fitted_temperature,
         metrics={name: Scores.model_validate(block) for name, block in wrapper.results.items()},
         flags={name: getattr(args, name) for name in wrapper.posterior_flags},
-        tensors=sorted(wrapper.posterior_tensors()),
+        tensors=sorted(tensors),
         **wrapper.method_config(),
     )
 
@@ -289,10 +293,11 @@ def write_posterior(wrapper: WrapperBase, folder: Path) -> None:
     Args:
         folder: has the adapter's files of PEFT.
     """
-    record = describe(wrapper).model_dump()
+    tensors = wrapper.posterior_tensors()
+    record = describe(wrapper, tensors).model_dump()
     write_json(folder / RECORD_FILE, record)
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
-    if tensors := wrapper.posterior_tensors():
+    if tensors:
         write_tensors(folder / wrapper.posterior_file, tensors, {})
     if extra := wrapper.trained_base_tensors():
         file = folder / ADAPTER_FILE

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from modelwrappers.lora.blocks import chosen_blocks, find_blocks, shown_blocks
 from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.heads import head_modules, head_roots, is_linear, is_within
 from utils.base_model import REMEDY, load_config, model_path, shown
@@ -240,7 +242,52 @@ def lora_config(args, model: PreTrainedModel, adapter: LoraConfig | None = None)
         lora_dropout=args.lora_dropout,
         target_modules=targets,
         modules_to_save=whole if is_classifier and not heads else None,
+        **_chosen_layers(args, model, targets),
     )
+
+
+def _chosen_layers(args, model: PreTrainedModel, targets: list[str]) -> dict[str, Any]:
+    """--lora-layers as PEFT has it. A head is no block: PEFT takes it by its full name.
+
+    Raises:
+        UsageError: the model has no such blocks, or no target lies in them.
+    """
+    if args.lora_layers in (None, "all"):
+        return {}
+    blocks = find_blocks(model)
+    if blocks is None:
+        raise UsageError(
+            f"--lora-layers {args.lora_layers}: this {model.config.model_type} model has no list "
+            "of blocks; drop it."
+        )
+    numbers = chosen_blocks(args.lora_layers, len(blocks.modules))
+    layers = {"layers_to_transform": numbers, "layers_pattern": [blocks.pattern]}
+    adapted = adapted_blocks(model, LoraConfig(target_modules=targets, **layers))
+    if empty := sorted(set(numbers) - adapted):
+        raise UsageError(
+            f"--lora-layers {args.lora_layers}: no layer to adapt ({', '.join(targets)}) lies in "
+            f"block {empty[0]}; name layers of the blocks with --target-modules, or drop it."
+        )
+    return layers
+
+
+def adapted_blocks(model: PreTrainedModel, config: LoraConfig) -> set[int]:
+    """The blocks of a base model in which a LoRA configuration finds layers.
+
+    Args:
+        model: without PEFT's layers.
+        config: without patterns (`settle_patterns`).
+    """
+    blocks = find_blocks(model)
+    if blocks is None:
+        return set()
+    everything = config.target_modules == "all-linear"
+    return {
+        number
+        for name, module in model.named_modules()
+        if (number := blocks.number_of(name)) is not None
+        and (is_linear(module) if everything else check_target_module_exists(config, name) is True)
+    }
 
 
 def _attention_targets(model: PreTrainedModel, with_key: bool) -> list[str]:
@@ -300,6 +347,25 @@ def _check_target_flags(args, model: PreTrainedModel, config: LoraConfig) -> Non
         )
 
 
+def _check_blocks(args, model: PreTrainedModel, config: LoraConfig) -> None:
+    """--lora-layers, if given, are the blocks that the adapter has.
+
+    Raises:
+        UsageError: it has others.
+    """
+    blocks = find_blocks(model)
+    if args.lora_layers is None or blocks is None:
+        return
+    wanted = set(chosen_blocks(args.lora_layers, len(blocks.modules)))
+    adapted = adapted_blocks(model, config)
+    if wanted != adapted:
+        raise UsageError(
+            f"--lora-layers {args.lora_layers}: the adapter {args.load_lora_path} has layers in "
+            f"the blocks {shown_blocks(adapted) or 'none'}; drop --lora-layers: the adapter knows "
+            "its blocks."
+        )
+
+
 def _adapter_lora_config(args, model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
     """The configuration of a loaded adapter, held against the flags and the model."""
     origin = f"the adapter {args.load_lora_path}"
@@ -315,6 +381,7 @@ def _adapter_lora_config(args, model: PreTrainedModel, config: LoraConfig) -> Lo
     settle_patterns(model, config, origin)
     _check_targets(model, config.target_modules, origin)
     _check_target_flags(args, model, config)
+    _check_blocks(args, model, config)
     if args.lora_dropout is not None:
         config.lora_dropout = args.lora_dropout
     logger.info(
