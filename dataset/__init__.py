@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dataset.shots import check_shots
 from dataset.tasks import CLASSIFICATION_TASKS, MULTIPLE_CHOICE_TASKS, check_shifted
 from utils.registry import LazyTable
 
@@ -41,9 +42,11 @@ def check_data_sets(args) -> None:
     """Look the data sets of --dataset and --ood-datasets up, before anything is loaded for them.
 
     Raises:
-        UsageError: one is unknown, its record breaks a rule, or two have one name.
+        UsageError: one is unknown, its record breaks a rule, two have one name, or one has no rows
+            for --num-shots.
     """
     check_shifted(args, _TASKS[args.dataset_type])
+    check_shots(args, _TASKS[args.dataset_type])
 
 
 def build_dataset(args, accelerator) -> DatasetBase:

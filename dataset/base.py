@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from dataset.shots import NO_SHOTS, Shots
 from dataset.sources import Row, is_folder, load_rows
 from dataset.tasks import PUBLISHED_FLAGS, Prompt, Task, check_shifted, find_task
 from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
@@ -60,7 +62,8 @@ def load_tokenizer(args) -> PreTrainedTokenizerBase:
 EVALUATED = {"train_val": "train", "train_train_val": "val", "train_val_val": "val"}
 
 
-def _seeded_order(number: int, purpose: str, seed: int) -> list[int]:
+def seeded_order(number: int, purpose: str, seed: int) -> list[int]:
+    """A permutation that depends on its arguments only."""
     generator = torch.Generator().manual_seed(mix_seed(purpose, seed))
     return torch.randperm(number, generator=generator).tolist()
 
@@ -160,6 +163,7 @@ class DatasetBase(ABC):
         padding_side: "left" for causal LMs, whose answer is read at the last position.
         target_ids_are_tokens: whether classes are tokens (a causal LM's), not a head's outputs.
         task, tokenizer: what the flags named.
+        is_shifted: whether it is one of --ood-datasets.
     """
 
     tasks: ClassVar[Mapping[str, Task]]
@@ -175,7 +179,7 @@ class DatasetBase(ABC):
     ) -> None:
         self.args = args
         self.accelerator = accelerator
-        is_shifted = name is not None
+        self.is_shifted = is_shifted = name is not None
         name = args.dataset if name is None else name
         self.task = self.find_task(name)
         for flag, published in PUBLISHED_FLAGS.items():
@@ -192,7 +196,7 @@ class DatasetBase(ABC):
         if self.eval_split not in self.task.splits:
             raise UsageError(
                 f"--testing-set {args.testing_set}: {self.task.name} has no labelled split of that "
-                f"name; it has {', '.join(s for s in self.task.splits if s != 'train')}."
+                f"name; it has {', '.join(s for s in self.task.splits if s in ('val', 'test'))}."
             )
         if accelerator.is_local_main_process:
             self.tokenizer = tokenizer or load_tokenizer(args)  # the main one fills the cache
@@ -253,23 +257,32 @@ class DatasetBase(ABC):
         """The C answer tokens of a causal LM; None for a classifier."""
         return None
 
+    @property
+    def shots(self) -> Shots:
+        """The solved examples before each prompt; a classifier's rows have none."""
+        return NO_SHOTS
+
     def shown_example(self) -> dict[str, Any] | None:
         """What a row looks like to the model: the tokenizer's source, a text, its tokens.
 
-        The row is the task's own example, no row of the data; None where it has none that fits.
+        The row is the task's own example, no row of the data. Where it has none that fits, there is
+        no text, and nothing at all where there are no shots either.
         """
-        row = self.task.example
-        try:
-            tokens = self._encoded(row, "example")[0]["input_ids"] if row else None
-        except UsageError:  # too long for --max-seq-len, say
-            tokens = None
-        if tokens is None:
+        shots, row = self.shots.text, self.task.example
+        text: list[str] = []
+        tokens: list[int] = []
+        if row:
+            with suppress(UsageError):  # too long for --max-seq-len, say
+                tokens = self._encoded(row, "example")[0]["input_ids"]
+                parts = self.task.prompt(row)
+                text = [shots + "".join(parts)] if isinstance(parts, Prompt) else list(parts)
+        if not (tokens or shots):
             return None
-        parts = self.task.prompt(row)
         return {
             "tokenizer": self.args.load_model_path or self.args.model,
-            "text": ["".join(parts)] if isinstance(parts, Prompt) else list(parts),
+            "text": text,
             "input_ids": tokens,
+            "shots": shots,
         }
 
     @property
@@ -307,7 +320,7 @@ class DatasetBase(ABC):
         the validation set. Their order depends on nothing but --seed-split."""
         is_validation = self.args.testing_set == "train_val_val"
         rows = self._examples("val", 0) if is_validation else self.train_rows
-        order = _seeded_order(len(rows), "anchors", self.args.seed_split)
+        order = seeded_order(len(rows), "anchors", self.args.seed_split)
         return [rows[i] for i in order[: self.args.anchor_size]]
 
     @cached_property
@@ -346,17 +359,20 @@ class DatasetBase(ABC):
     @cached_property
     def _divided(self) -> tuple[list[Example], list[Example]]:
         rows = self._whole_training_set
-        number = round(self.args.held_out * len(rows))
-        if not 0 < number < len(rows):
+        # shots count, so that the other rows stay on their side whatever --num-shots is
+        total = len(rows) + len(self._shots_in("train"))
+        number = round(self.args.held_out * total)
+        held_out = set(seeded_order(total, "held out", self.args.seed_split)[:number])
+        parts = (
+            [row for row in rows if row["index"] not in held_out],
+            [row for row in rows if row["index"] in held_out],
+        )
+        if not all(parts):
             raise UsageError(
                 f"--held-out-fraction {self.args.held_out} of {len(rows)} training rows leaves "
                 "nothing on one side; choose another share."
             )
-        held_out = set(_seeded_order(len(rows), "held out", self.args.seed_split)[:number])
-        return (
-            [row for i, row in enumerate(rows) if i not in held_out],
-            [row for i, row in enumerate(rows) if i in held_out],
-        )
+        return parts
 
     @cached_property
     def train_dataloader(self) -> DataLoader:
@@ -397,28 +413,46 @@ class DatasetBase(ABC):
     def encode(self, row: Row) -> tuple[Example, bool]:
         """Token lists of one row, and whether it had to be cut to fit --max-seq-len."""
 
+    def rows_of(self, split: str, limit: int) -> Iterator[tuple[str, Row]]:
+        """(where, row) of a split's first `limit` rows, or of all; each has the task's columns."""
+        task = self.task
+        rows = load_rows(
+            task.source, task.splits[split], self.args.data_dir, task.name, task.example
+        )
+        for where, row in rows[: limit or None]:
+            missing = [column for column in task.columns if row.get(column) is None]
+            if missing:
+                raise UsageError(
+                    f"{where}: column '{missing[0]}' is missing; {task.name} needs "
+                    f"{', '.join(task.columns)}, the row has {quoted(', '.join(row))}."
+                )
+            yield where, row
+
+    def _shots_in(self, split: str) -> Collection[int]:
+        """The rows of a split that serve as solved examples, and as nothing else."""
+        return self.shots.rows if self.task.splits[split] == self.shots.split else ()
+
     def _examples(self, split: str, limit: int) -> list[Example]:
         if split not in self.task.splits:
             raise UsageError(
                 f"{self.task.name} has no split to train on; it has {', '.join(self.task.splits)}. "
                 "Evaluate on it, or take anchors elsewhere (--testing-set train_val_val)."
             )
-        task = self.task
-        rows = load_rows(
-            task.source, task.splits[split], self.args.data_dir, task.name, task.example
-        )
+        left_out = self._shots_in(split)
         examples, num_cut = [], 0
-        for index, (where, row) in enumerate(rows[: limit or None]):
-            missing = [column for column in self.task.columns if row.get(column) is None]
-            if missing:
-                raise UsageError(
-                    f"{where}: column '{missing[0]}' is missing; {self.task.name} needs "
-                    f"{', '.join(self.task.columns)}, the row has {quoted(', '.join(row))}."
-                )
+        for index, (where, row) in enumerate(self.rows_of(split, limit)):
+            if index in left_out:
+                continue
             example, cut = self._encoded(row, where)
-            label = self._label(row, where)
+            label = self.label_of(row, where)
             examples.append(example | {"labels": label, "index": index})
             num_cut += cut
+        if not examples:
+            raise UsageError(
+                f"--num-shots {self.args.num_shots}: all rows of {self.task.name} that would be "
+                f"read of its split {quoted(self.task.splits[split])} serve as solved examples; "
+                "pass a smaller number."
+            )
         if num_cut:
             logger.info(
                 "%s: %d of %d rows were cut to %d tokens (%s).",
@@ -431,10 +465,14 @@ class DatasetBase(ABC):
         return examples
 
     def _encoded(self, row: Row, where: str) -> tuple[Example, bool]:
-        with users_code(lambda: f"{where}: {self.task.name} cannot read the row {quoted(row)}"):
+        with users_code(lambda: self.cannot_read(row, where)):
             example, cut = self.encode(row)
         self._check_tokens(example, where)
         return example, cut
+
+    def cannot_read(self, row: Row, where: str) -> str:
+        """The beginning of a message about a row."""
+        return f"{where}: {self.task.name} cannot read the row {quoted(row)}"
 
     def _check_tokens(self, example: Example, where: str) -> None:
         """A row must have tokens, and the model must know them."""
@@ -448,7 +486,7 @@ class DatasetBase(ABC):
                     f"({name}): the tokenizer of --model {self.args.model} is that of another one."
                 )
 
-    def _label(self, row: Row, where: str) -> int:
+    def label_of(self, row: Row, where: str) -> int:
         """The row's label, which must be an index into the task's choices."""
 
         def told() -> str:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from dataset.base import DatasetBase, Example
+from dataset.base import DatasetBase, Example, seeded_order
+from dataset.shots import (
+    BOUNDARY,
+    NO_SHOTS,
+    Shots,
+    check_length,
+    check_number,
+    common_beginning,
+    in_turns,
+    split_of_shots,
+)
 from dataset.sources import Row
 from dataset.tasks import MULTIPLE_CHOICE_TASKS, Prompt, checked_text
 from utils.errors import UsageError, quoted
+from utils.registry import users_code
 
 
 class MultipleChoice(DatasetBase):
@@ -59,25 +72,92 @@ class MultipleChoice(DatasetBase):
             )
         return list(tokens.values())
 
+    @cached_property
+    def shots(self) -> Shots:
+        """--num-shots solved rows, the same before every prompt of the task.
+
+        Of a training split, classes take turns in an order that depends on --seed-split only. A
+        split "shots" is somebody's choice already: its first rows are taken, and where it has a
+        column `subject` (MMLU's five rows of each), the subjects take turns. A shifted data set
+        is not trained on, so --limit-train is not about its rows.
+
+        Raises:
+            UsageError: too few rows, or examples that are too long.
+        """
+        number = self.args.num_shots
+        if not number:
+            return NO_SHOTS
+        key = split_of_shots(self.task, number)
+        splits = self.task.splits
+        is_trained_on = not self.is_shifted and splits[key] == splits.get("train")
+        rows = list(self.rows_of(key, self.args.limit_train if is_trained_on else 0))
+        check_number(number, self.task, key, len(rows), least_left=int(is_trained_on))
+        if key == "train":
+            order = seeded_order(len(rows), "shots", self.args.seed_split)
+            chosen = in_turns(order, [self.label_of(row, where) for where, row in rows])[:number]
+        else:
+            subjects = [str(row.get("subject")) for _, row in rows]
+            chosen = in_turns(range(len(rows)), subjects)[:number]
+        solved = BOUNDARY.join(self._solved(*rows[i]) for i in chosen)
+        check_length(solved + BOUNDARY)
+        # the last example's last token may depend on whether anything follows
+        followed = self.tokenizer(f"{solved}{BOUNDARY}A").input_ids
+        return Shots(
+            text=solved + BOUNDARY,
+            tokens=common_beginning(self.tokenizer(solved).input_ids, followed),
+            split=splits[key],
+            rows=frozenset(chosen),
+        )
+
+    def _solved(self, where: str, row: Row) -> str:
+        """A row's prompt and its answer."""
+        with users_code(lambda: self.cannot_read(row, where)):
+            prompt = self._prompt(row)
+        text = f"{''.join(prompt)} {self.task.choices[self.label_of(row, where)]}"
+        number, (most, reason) = len(self.tokenizer(text).input_ids), self.limit
+        if number > most:
+            raise UsageError(
+                f"{where}: the row serves as a solved example (--num-shots) and alone has {number} "
+                f"tokens, {reason}; an example is never cut: raise --max-seq-len, choose a model "
+                "that reads more, choose others by --seed-split, or drop --num-shots."
+            )
+        return text
+
     def encode(self, row: Row) -> tuple[Example, bool]:
         """Tokens of the prompt. One that is too long loses the end of its context, nothing else."""
         head, context, tail = self._prompt(row)
+        head = self.shots.text + head
         ids = self._tokenize(head + context + tail)
         most, reason = self.limit
         cut = len(ids) > most
         while len(ids) > most:
             words = self.tokenizer(context, add_special_tokens=False).input_ids
             if not words:
-                raise UsageError(
-                    f"the question alone has {len(ids)} tokens, {reason}; a question is never cut: "
-                    "raise --max-seq-len, choose a model that reads more, or leave the row out."
-                )
+                raise UsageError(self._too_long(len(ids), reason))
             # Joined again, the pieces may tokenize to another length: hence the loop.
             keep = max(0, len(words) - (len(ids) - most))
             shorter = self.tokenizer.decode(words[:keep], skip_special_tokens=True)
             context = shorter if len(shorter) < len(context) else context[:-1]
             ids = self._tokenize(head + context + tail)
+        if tuple(ids[: len(self.shots.tokens)]) != self.shots.tokens:
+            raise UsageError(
+                "the tokenizer joins the row's text with the solved examples before it, but all "
+                "prompts must begin with the same tokens: drop --num-shots, or let the task's "
+                "prompt begin with a word"
+            )
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}, cut
+
+    def _too_long(self, number: int, reason: str) -> str:
+        remedy = "raise --max-seq-len, choose a model that reads more, or leave the row out."
+        if self.args.num_shots:
+            return (
+                f"the question and the solved examples before it (--num-shots "
+                f"{self.args.num_shots}) have {number} tokens, {reason}; neither is ever cut: pass "
+                f"a smaller --num-shots, {remedy}"
+            )
+        return (
+            f"the question alone has {number} tokens, {reason}; a question is never cut: {remedy}"
+        )
 
     def _prompt(self, row: Row) -> Prompt:
         prompt = self.task.prompt(row)

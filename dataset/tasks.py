@@ -36,7 +36,8 @@ class Task:
         source: hub id, or the embedded corpus; anything with `rows(split)` that gives (where, row),
             or None where `--data-dir`, which replaces it, is always given.
         splits: "train", "val" and "test" (as in --testing-set) to the source's split names. The
-            published protocol evaluates on "val".
+            published protocol evaluates on "val". "shots", if the source has such a split, is
+            where --num-shots takes its solved examples from; else that is "train".
         columns: the columns that a row must have.
         choices: the answers, in label order: words for a causal LM, class names for a classifier.
         prompt: row -> `Prompt` (multiple choice), or a tuple of one or two sentences (classifier).
@@ -167,8 +168,8 @@ def _is_source(value: Any) -> bool:
 def _are_splits(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
-        and len(value) > 0
-        and all(key in ("train", "val", "test") for key in value)
+        and all(key in ("train", "val", "test", "shots") for key in value)
+        and any(key != "shots" for key in value)
         and all(map(_is_split, value.values()))
     )
 
@@ -194,8 +195,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         _is_source,
     ),
     "splits": (
-        "a dict from 'train', 'val' and 'test' to names of the source's splits, such as "
-        "{'train': 'train', 'val': 'validation'}",
+        "a dict from 'train', 'val' and 'test' (and 'shots', if there is one for --num-shots) to "
+        "names of the source's splits, such as {'train': 'train', 'val': 'validation'}",
         _are_splits,
     ),
     "columns": ("a tuple of column names, each once", lambda value: _are_texts(value, 0)),
@@ -488,7 +489,7 @@ def _mmlu(name: str, *subjects: str) -> Task:
     return Task(
         name=f"MMLU-{name}",
         source=HubGroup("cais/mmlu", subjects),
-        splits={"val": "test", "test": "test"},
+        splits={"val": "test", "test": "test", "shots": "dev"},
         columns=("question", "choices", "answer"),
         choices=LETTERS[:4],
         prompt=asked("question", "choices"),

@@ -81,6 +81,7 @@ ADOPTED = (
     ("dtype",),
     ("dataset", "data_dir", "limit_train"),
     ("max_seq_len",),
+    ("num_shots",),
     ("seed_split",),
     ("held_out",),
     ("protocol",),
@@ -231,6 +232,13 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
                 f"{quoted(value)} is named by a file only: pass {flag} yourself."
             )
     _match_types(args)
+    args.num_shots = 0 if args.num_shots is None else args.num_shots
+    if args.num_shots and args.dataset_type == "bertds":
+        raise UsageError(
+            f"--num-shots {args.num_shots} puts solved examples before a causal LM's prompt, but "
+            "--dataset-type bertds trains a classifier; drop --num-shots, or pass --dataset-type "
+            "mcdataset."
+        )
     if args.n_epochs and args.max_train_steps:
         raise UsageError(
             f"--n-epochs {args.n_epochs} and --max-train-steps {args.max_train_steps} are both "
@@ -318,7 +326,7 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
     names = [*(name for group in (*ADOPTED, *ALTERNATIVES) for name in group), "hold_out"]
     dataset = stored.get("dataset")
     trained_in_file = isinstance(dataset, str) and names_code(dataset)
-    trained = {
+    trained = {"num_shots": 0} | {  # what runs of before that flag had
         name: stored_value(actions[name], stored[name], f"--load-lora-path: {file}")
         for name in names
         if name in stored and not (trained_in_file and name == "dataset")
@@ -335,7 +343,7 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
 
 
 # Which rows are held out depends on these.
-SPLIT_FLAGS = ("data_dir", "limit_train", "held_out", "seed_split")
+SPLIT_FLAGS = ("data_dir", "limit_train", "held_out", "seed_split", "num_shots")
 
 
 def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:

@@ -258,6 +258,11 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-seq-len", type=whole(1, 10_000_000), default=300, help="tokens of a row at most"
     )
     data.add_argument(
+        "--num-shots",
+        type=whole(0, 100),
+        help="solved examples before every prompt (default: 0, or the adapter's)",
+    )
+    data.add_argument(
         "--limit-train", type=count, default=0, help="first training rows only; 0: all"
     )
     data.add_argument(

@@ -33,6 +33,7 @@ SYNONYMS = {
     "opt-wd": ("weight-decay", "wd"),
     "warmup-ratio": ("warmup", "warmup-steps"),
     "max-seq-len": ("max-length", "max-len", "max-seq-length", "seq-len", "cutoff-len"),
+    "num-shots": ("num-fewshot", "n-shots", "shots", "few-shot", "k-shot"),
     "lora-r": ("rank", "lora-rank", "r"),
     "lora-alpha": ("alpha",),
     "lora-dropout": ("dropout",),

@@ -34,8 +34,10 @@ MOST_DEPTH = 64  # of nested JSON
 # By name: JSON files are read without torch.
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
+LONGEST_SHOTS = 1_000_000  # characters of --num-shots' solved examples
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # or a path
+SolvedExamples = Annotated[str, StringConstraints(max_length=LONGEST_SHOTS)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Nonnegative = Annotated[FiniteFloat, Field(ge=0)]

@@ -25,7 +25,16 @@ from utils.errors import UsageError, quoted
 from utils.files import disk_errors, remove_folder, write_atomically, write_json, write_tensors
 from utils.hub import go_offline_if_unreachable
 from utils.logging import logger
-from utils.records import Count, Name, Record, as_record, check_tensor, read_json, read_tensors
+from utils.records import (
+    Count,
+    Name,
+    Record,
+    SolvedExamples,
+    as_record,
+    check_tensor,
+    read_json,
+    read_tensors,
+)
 from utils.registry import users_code
 
 if TYPE_CHECKING:
@@ -40,7 +49,14 @@ FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another nu
 # What the posterior was trained on; a posterior is one over the adapter of exactly that model.
 BASE_MODEL_FLAGS = ("model", "model_type", "load_model_path", "quantization", "dtype")
 # How a row of the posterior's task becomes tokens.
-ROW_FLAGS = ("max_seq_len", "choice_format", "boolq_tokens", "append_eos", "use_slow_tokenizer")
+ROW_FLAGS = (
+    "max_seq_len",
+    "choice_format",
+    "boolq_tokens",
+    "append_eos",
+    "use_slow_tokenizer",
+    "num_shots",
+)
 
 
 # --- bayes_config.json ----------------------------------------------------------------------------
@@ -66,6 +82,7 @@ class Rows(Record):
     boolq_tokens: Literal["matched", "swapped"] = "matched"
     append_eos: bool = False
     use_slow_tokenizer: bool = False
+    num_shots: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 class Prompt(Record):
@@ -73,13 +90,17 @@ class Prompt(Record):
 
     Attributes:
         tokenizer: the hub id, folder or alias that it was loaded from.
-        text: the prompt of a causal LM, or the one or two sentences of a classifier.
+        text: the prompt of a causal LM, `shots` included, or the one or two sentences of a
+            classifier. Empty, as `input_ids` are, where the task has no example that fits, but
+            shots.
         input_ids: its tokens.
+        shots: the text in front of each row's prompt (--num-shots). It holds training rows.
     """
 
     tokenizer: Name
     text: list[str]
     input_ids: list[Count]
+    shots: SolvedExamples = ""
 
 
 class PosteriorRecord(Record):
