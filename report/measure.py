@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from report import uncertainty as u
-from report.runs import Predictions, row_blocks
+from report.predictions import Predictions, row_blocks
 from utils.metrics import posterior_predictive
 from utils.temperature import scale
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import math
 
-from report.collect import Cell, Family, Report, Row
 from report.escape import LONGEST_TEXT, in_html, shorten
 from report.measure import METRICS, TABLES, Metric
 from report.plots import Plot
+from report.rows import Cell, Family, Report, Row
 from report.tables import (
     DIFFERENCES,
     UNDEFINED,

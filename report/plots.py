@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.signal import convolve  # by Fourier transform where that is faster
 
-from report.collect import Family, Result, Row, Training
 from report.escape import in_plot
 from report.measure import COVERAGE_GRID, ENTROPY_BINS
+from report.rows import Family, Result, Row, Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

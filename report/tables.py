@@ -7,7 +7,6 @@ import io
 import math
 import re
 
-from report.collect import Cell, Family, Report, Row
 from report.escape import (
     LONGEST_TEXT,
     code_in_markdown,
@@ -17,6 +16,7 @@ from report.escape import (
     shorten,
 )
 from report.measure import METRICS, TABLES, Metric
+from report.rows import Cell, Family, Report, Row
 from utils.errors import one_line
 
 SHORT = ("acc", "ece", "nll", "brier")  # of the terminal
