@@ -18,7 +18,7 @@ import numpy as np
 from report.escape import distinct, shorten
 from report.measure import METRICS, Examples, Source, curves, measure, measure_shift
 from report.predictions import Predictions, read_predictions
-from report.rows import Cell, Family, Options, Report, Result, Row, Training
+from report.rows import Cell, DrawCounts, Family, Options, Report, Result, Row, Training
 from report.runs import (
     Evaluation,
     Run,
@@ -43,6 +43,16 @@ MOST_REASONS = 20  # of a folder, why something is left out
 SCALED = " + temperature"  # after a row's name
 MOST_PARTS = 8  # of a path that are looked at, and of a flag's values that are shown
 TOLERANCE = 1e-3  # between metrics.json and what its predictions give
+UNEQUAL_DRAWS = (
+    "Numbers or kinds of draws differ, from row to row or from example to example. Plain mutual "
+    "information grows with the number of draws (and so does, by less, the std over draws), and "
+    "antithetic pairs converge faster: only the corrected one can be compared. AUROC and FPR@95 by "
+    "mutual information rank by the plain one."
+)
+SETTLED = (
+    "Examples have draws until they are settled. Those whose first draws happen to agree have few, "
+    "which leaves even the corrected mutual information somewhat too low."
+)
 
 
 def collect(
@@ -190,7 +200,7 @@ def _measure(
         split=predictions.split,
         fingerprint=own,
         num_examples=len(examples.labels),
-        num_draws=examples.draws.shape[1],
+        draws=DrawCounts.of(predictions),
         num_classes=examples.probs.shape[1],
         temperature=temperature,
         values={key: float(value) for key, value in values.items()},
@@ -314,6 +324,13 @@ def _family(
         commits = {result.evaluation.provenance["commit"] for result in row.results}
         if len(commits) > 1:
             notes.append(f"The seeds of {row.name} were run at {len(commits)} different commits.")
+    # a point estimate has one draw, and nothing that would depend on their number
+    drawn = [r.draws for row in rows for r in row.results if r.draws.most > 1]
+    settled = any(count.least < count.most for count in drawn)
+    if settled or len({(count.most, count.antithetic) for count in drawn}) > 1:
+        notes.append(UNEQUAL_DRAWS)
+    if settled:
+        notes.append(SETTLED)
     return Family(
         model,
         source,

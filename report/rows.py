@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from report.measure import Curves, SourceHistogram
+from report.predictions import Predictions
 from report.runs import Evaluation, Run, Skipped
 from report.significance import Difference
 
@@ -19,6 +20,26 @@ class Options:
     num_bins: int = 15
     resamples: int = 1000
     seed: int = 0
+
+
+class DrawCounts(NamedTuple):
+    """How many draws the examples of a result have: on average, at least and at most.
+
+    Attributes:
+        antithetic: whether they come in pairs (E, -E), which a single draw does not.
+    """
+
+    mean: float
+    least: int
+    most: int
+    antithetic: bool
+
+    @classmethod
+    def of(cls, predictions: Predictions) -> DrawCounts:
+        """Of the draws that a run has kept."""
+        counts = predictions.num_draws
+        least, most = int(counts.min()), int(counts.max())
+        return cls(float(counts.mean()), least, most, predictions.antithetic and most > 1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class Result:
     split: str
     fingerprint: int
     num_examples: int
-    num_draws: int
+    draws: DrawCounts
     num_classes: int
     temperature: float | None
     values: dict[str, float]
@@ -81,8 +102,24 @@ class Row:
         return [result.run.seed_name for result in self.results]
 
     @property
+    def mean_draws(self) -> float:
+        """Draws of an example, on average over examples and seeds."""
+        return float(np.mean([result.draws.mean for result in self.results]))
+
+    @property
     def num_draws(self) -> str:
-        return ", ".join(map(str, sorted({result.num_draws for result in self.results})))
+        """As "10", "3, 10" where seeds differ, "6.3 (4 to 10)" where examples do; and the kind."""
+        texts = []
+        for antithetic in (False, True):
+            counts = [r.draws for r in self.results if r.draws.antithetic == antithetic]
+            if not counts:
+                continue
+            text = ", ".join(map(str, sorted({count.most for count in counts})))
+            if any(count.least < count.most for count in counts):
+                mean, least, most, _ = zip(*counts, strict=True)
+                text = f"{np.mean(mean):.1f} ({min(least)} to {max(most)})"
+            texts.append(f"{text} antithetic" if antithetic else text)
+        return ", ".join(texts)
 
 
 @dataclass

@@ -38,10 +38,16 @@ NOT_SETTINGS = frozenset(
         *("tracker", "nowand", "wandb_entity", "wandb_project", "wandb_name"),
         *("eval_per_steps", "eval_steps", "eval_batch_size", "bayes_eval_n_samples", "num_bins"),
         *("ood_datasets", "ood_ori_dataset", "adapter_dataset"),
+        "prefix_cache",  # the same numbers, sooner
         "temperature_scaling",  # what it changes beside a row of its own is --hold-out
         *NOT_REPEATED,
         *WITHOUT_EFFECT,
     }
+)
+# Settings of a prediction, not of the posterior: those of the run that evaluates it.
+OF_EVALUATION = (
+    *("bayes_eval_n_samples_final", "flipout_eval", "draws"),
+    *("draws_adaptive", "draws_tolerance", "draws_error_rate"),
 )
 MOST_HISTORY = 2**28  # bytes of history.jsonl
 MOST_NLL = 1e9  # in a plot
@@ -97,7 +103,7 @@ class Run:
 
     A run that only evaluates what an earlier one of the same method has trained says so of that
     posterior: `dataset`, `seeds` and `posterior` are the earlier run's, and so are the settings,
-    apart from the flags that were given.
+    apart from the flags that were given and those of `OF_EVALUATION`.
 
     Attributes:
         method, model: in full, as in the command.
@@ -237,7 +243,7 @@ def _read_run(folder: Path) -> Run:
         settings = {"folder": SEED_IN_NAME.sub("", folder.name)}
     own = _settings(args)
     # what an evaluation of an earlier run's posterior has set otherwise
-    changed = {*stored.given, "bayes_eval_n_samples_final"} & own.keys() - {"load_lora_path"}
+    changed = {*stored.given, *OF_EVALUATION} & own.keys() - {"load_lora_path"}
     command = stored.run.get("command")
     command = " ".join(map(str, command)) if isinstance(command, list) else ""
     provenance = {
