@@ -19,7 +19,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from report.collect import Options, collect
-from report.runs import find_runs, read_predictions
+from report.predictions import read_predictions
+from report.runs import find_runs
 from report.write import write
 from utils.files import write_json, write_tensors
 from utils.metrics import posterior_predictive, score

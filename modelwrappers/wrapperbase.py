@@ -389,8 +389,8 @@ class WrapperBase(ClassLogits, PeftModel):
         """Metrics of the posterior predictive over all rows; keeps the draws in `predictions`."""
         draws = prediction.draws_for(self.predict, n_samples)
         self.predictions = self.predict(eval_loader, **draws)
-        log_probs, labels, _ = self.predictions
-        return score(posterior_predictive(log_probs), labels, self.args.num_bins)
+        log_probs, labels, _, num_draws = self.predictions
+        return score(posterior_predictive(log_probs, num_draws), labels, self.args.num_bins)
 
     def fit_evaluate(self) -> Metrics:
         """Train if there is anything to train, evaluate, and leave the results in the folder."""

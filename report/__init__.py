@@ -1,8 +1,10 @@
 """From stored runs to tables, plots and a page; the model is never needed again.
 
-    runs.py          folders -> runs, their settings, their predictions; what is unusable, and why
+    runs.py          folders -> runs and their settings; what is unusable, and why
+    predictions.py   files -> draws, checked
     measure.py       predictions -> every metric of the tables; the list of metrics
     significance.py  bootstrap over examples and seeds, intervals, paired differences
+    rows.py          what a report holds: results, rows, families
     collect.py       runs -> families of comparable rows
     tables.py        rows -> terminal, Markdown, LaTeX, CSV
     plots.py         rows -> PNG and PDF

@@ -10,31 +10,21 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from report.escape import distinct, shorten
-from report.measure import (
-    METRICS,
-    Curves,
-    Examples,
-    Source,
-    SourceHistogram,
-    curves,
-    measure,
-    measure_shift,
-)
+from report.measure import METRICS, Examples, Source, curves, measure, measure_shift
+from report.predictions import Predictions, read_predictions
+from report.rows import Cell, DrawCounts, Family, Options, Report, Result, Row, Training
 from report.runs import (
     Evaluation,
-    Predictions,
     Run,
     Skipped,
     Unusable,
     read_history,
-    read_predictions,
     seed_text,
     settings_key,
 )
@@ -53,121 +43,16 @@ MOST_REASONS = 20  # of a folder, why something is left out
 SCALED = " + temperature"  # after a row's name
 MOST_PARTS = 8  # of a path that are looked at, and of a flag's values that are shown
 TOLERANCE = 1e-3  # between metrics.json and what its predictions give
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of the report: number of bins and of bootstrap resamples, and the seed of the latter."""
-
-    num_bins: int = 15
-    resamples: int = 1000
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """One evaluation of one run, measured.
-
-    Attributes:
-        values: metric -> value.
-        replicates: metric -> its (R,) values on resampled examples.
-        floors: metric -> what it would be if the model were calibrated, where that is not 0.
-        temperature: what the logits were divided by, if anything.
-        source: what shifted examples are held against, if there is something.
-    """
-
-    run: Run
-    evaluation: Evaluation
-    split: str
-    fingerprint: int
-    num_examples: int
-    num_draws: int
-    num_classes: int
-    temperature: float | None
-    values: dict[str, float]
-    replicates: dict[str, np.ndarray]
-    floors: dict[str, float]
-    curves: Curves
-    source: SourceHistogram | None
-
-
-class Cell(NamedTuple):
-    """A row's value of a metric.
-
-    Attributes:
-        low, high: the 95 % interval.
-        spread: standard deviation over seeds; NaN for one seed.
-        mark: "best" if better than every other row, "tied" if not told apart from the best one.
-        difference: from the family's baseline; None on that row itself.
-        floor: what the metric would be if the model were calibrated; 0 where that is no question.
-    """
-
-    value: float
-    low: float
-    high: float
-    spread: float
-    mark: str
-    difference: Difference | None
-    floor: float
-
-
-@dataclass
-class Row:
-    """A method with its settings on one data set; `cells` by metric."""
-
-    name: str
-    results: list[Result]
-    cells: dict[str, Cell] = field(default_factory=dict)
-
-    @property
-    def seeds(self) -> list[str]:
-        return [result.run.seed_name for result in self.results]
-
-    @property
-    def num_draws(self) -> str:
-        return ", ".join(map(str, sorted({result.num_draws for result in self.results})))
-
-
-@dataclass
-class Family:
-    """The rows that can be compared: one model, one data set, the same examples."""
-
-    model: str
-    source: str
-    dataset: str
-    split: str
-    shifted: bool
-    num_examples: int
-    num_classes: int
-    baseline: str
-    rows: list[Row]
-    notes: list[str]
-
-    @property
-    def title(self) -> str:
-        trained = f", shifted from {self.source}" if self.shifted else ""
-        return f"{self.dataset} ({self.split}{trained}), {self.model}"
-
-
-@dataclass
-class Training:
-    """NLL over the updates, by row name: "train" and "eval" curves of each run."""
-
-    model: str
-    source: str
-    curves: dict[str, list[dict[str, list[tuple[int, float]]]]]
-
-
-@dataclass
-class Report:
-    """Everything that is shown."""
-
-    options: Options
-    families: list[Family]
-    training: list[Training]
-    skipped: list[Skipped]
-    notes: list[str]
-    num_runs: int
+UNEQUAL_DRAWS = (
+    "Numbers or kinds of draws differ, from row to row or from example to example. Plain mutual "
+    "information grows with the number of draws (and so does, by less, the std over draws), and "
+    "antithetic pairs converge faster: only the corrected one can be compared. AUROC and FPR@95 by "
+    "mutual information rank by the plain one."
+)
+SETTLED = (
+    "Examples have draws until they are settled. Those whose first draws happen to agree have few, "
+    "which leaves even the corrected mutual information somewhat too low."
+)
 
 
 def collect(
@@ -315,7 +200,7 @@ def _measure(
         split=predictions.split,
         fingerprint=own,
         num_examples=len(examples.labels),
-        num_draws=examples.draws.shape[1],
+        draws=DrawCounts.of(predictions),
         num_classes=examples.probs.shape[1],
         temperature=temperature,
         values={key: float(value) for key, value in values.items()},
@@ -439,6 +324,13 @@ def _family(
         commits = {result.evaluation.provenance["commit"] for result in row.results}
         if len(commits) > 1:
             notes.append(f"The seeds of {row.name} were run at {len(commits)} different commits.")
+    # a point estimate has one draw, and nothing that would depend on their number
+    drawn = [r.draws for row in rows for r in row.results if r.draws.most > 1]
+    settled = any(count.least < count.most for count in drawn)
+    if settled or len({(count.most, count.antithetic) for count in drawn}) > 1:
+        notes.append(UNEQUAL_DRAWS)
+    if settled:
+        notes.append(SETTLED)
     return Family(
         model,
         source,

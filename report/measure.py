@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from report import uncertainty as u
-from report.runs import Predictions, row_blocks
+from report.predictions import Predictions, row_blocks
 from utils.metrics import posterior_predictive
 from utils.temperature import scale
 
@@ -68,6 +68,7 @@ TABLES: dict[str, tuple[Metric, ...]] = {
         Metric("entropy", "entropy", "", "of the posterior predictive, nats: total uncertainty"),
         Metric("entropy_expected", "expected entropy", "", "mean entropy of a draw: aleatoric"),
         Metric("mi", "mutual information", "", "the difference of both: epistemic"),
+        Metric("mi_jackknife", "MI, corrected", "", "without the bias of few draws"),
         Metric("draw_std", "std over draws", "", "of the predicted class's probability", 0.5),
         Metric("flips", "flip rate", "", "share of (draw, example) pairs against the mean", 1),
     ),
@@ -97,25 +98,39 @@ class Examples:
         labels: (n,)
         log_probs: of the posterior predictive, (n, C).
         temperature: what the logits of every draw are to be divided by, if anything.
+        num_draws: how many draws each example has, (n,), the first ones; None: all N.
+        antithetic: whether draws 2k and 2k+1 are a pair.
     """
 
     draws: np.ndarray
     labels: np.ndarray
     log_probs: np.ndarray
     temperature: float | None = None
+    num_draws: np.ndarray | None = None
+    antithetic: bool = False
 
     @classmethod
     def of(cls, predictions: Predictions, temperature: float | None = None) -> Examples:
         """With the logits of every draw divided by the temperature, if there is one."""
+        draws, num_draws = predictions.draws, predictions.num_draws
         log_probs = [
-            posterior_predictive(torch.from_numpy(_scaled(block, temperature))).numpy()
-            for block in row_blocks(predictions.draws)
+            posterior_predictive(
+                torch.from_numpy(_scaled(draws[rows], temperature)),
+                torch.from_numpy(num_draws[rows]),
+            ).numpy()
+            for rows in row_blocks(draws)
         ]
-        draws, labels = predictions.draws, predictions.labels
-        return cls(draws, labels, np.concatenate(log_probs), temperature)
+        return cls(
+            draws,
+            predictions.labels,
+            np.concatenate(log_probs),
+            temperature,
+            num_draws,
+            predictions.antithetic,
+        )
 
     def draw(self, number: int) -> np.ndarray:
-        """One draw of all examples, (n, C)."""
+        """One draw of all examples, (n, C); NaN for those that do not have it."""
         return _scaled(self.draws[:, number], self.temperature)
 
     @cached_property
@@ -145,11 +160,22 @@ class Examples:
     def values(self) -> dict[str, np.ndarray]:
         """What is averaged over the examples."""
         entropy = u.predictive_entropy(self.log_probs)
-        of_draws = [
-            [function(block) for function in (u.expected_entropy, u.draw_deviation, u.flip_rates)]
-            for block in (_scaled(block, self.temperature) for block in row_blocks(self.draws))
-        ]
-        expected, deviation, flips = map(np.concatenate, zip(*of_draws, strict=True))
+        of_draws = []
+        for rows in row_blocks(self.draws):
+            block = _scaled(self.draws[rows], self.temperature)
+            own = None if self.num_draws is None else self.num_draws[rows]
+            of_draws.append(
+                (
+                    u.expected_entropy(block, own),
+                    u.jackknifed_information(block, own, self.antithetic),
+                    u.draw_deviation(block, own),
+                    u.flip_rates(block, own),
+                )
+            )
+        expected, corrected, deviation, flips = map(np.concatenate, zip(*of_draws, strict=True))
+        # Without the examples it is not defined for, those that settled first, the mean would be
+        # of others.
+        defined = {} if np.isnan(corrected).any() else {"mi_jackknife": corrected}
         return {
             "acc": self.top[1],
             "nll": u.negative_log_likelihoods(self.log_probs, self.labels),
@@ -159,6 +185,7 @@ class Examples:
             "mi": np.maximum(entropy - expected, 0.0),
             "draw_std": deviation,
             "flips": flips,
+            **defined,
         }
 
     @cached_property
@@ -258,7 +285,8 @@ class Curves:
         bins: examples, summed confidence and correct answers of each bin, (3, bins).
         risk: error rate at each of `COVERAGE_GRID`.
         entropy: share of the examples in each of `ENTROPY_BINS` bins from 0 to log C.
-        draws: (K, 3) number of draws, NLL and ECE of the mean of the first so many.
+        draws: (K, 3) number of draws, NLL and ECE of the mean of the first so many; an example that
+            has fewer counts with all it has.
     """
 
     bins: np.ndarray
@@ -290,11 +318,13 @@ def entropy_histogram(examples: Examples) -> np.ndarray:
 def _by_draws(examples: Examples, num_bins: int) -> Iterator[tuple[float, float, float]]:
     labels, total = examples.labels, examples.draws.shape[1]
     shown = range(total) if total <= 20 else np.unique(np.geomspace(1, total, 20).astype(int)) - 1
+    num_draws = np.full(len(labels), total) if examples.num_draws is None else examples.num_draws
     running = examples.draw(0)
     for number in range(total):
         if number:
-            running = np.logaddexp(running, examples.draw(number))
+            drawn = num_draws > number
+            running[drawn] = np.logaddexp(running[drawn], examples.draw(number)[drawn])
         if number in shown:
-            log_probs = running - np.log(number + 1)
+            log_probs = running - np.log(np.minimum(num_draws, number + 1))[:, None]
             ece, _ = u.calibration_errors(*u.top_label(log_probs, labels), num_bins)
             yield number + 1, u.mean(u.negative_log_likelihoods(log_probs, labels)), ece

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import math
 
-from report.collect import Cell, Family, Report, Row
 from report.escape import LONGEST_TEXT, in_html, shorten
 from report.measure import METRICS, TABLES, Metric
 from report.plots import Plot
+from report.rows import Cell, Family, Report, Row
 from report.tables import (
     DIFFERENCES,
     UNDEFINED,
@@ -178,16 +178,19 @@ def _method(position: int, number_of: int, row: Row) -> str:
 
 
 def _table(position: int, family: Family, shown: list[Metric], text: str) -> str:
-    head = [("method", ""), ("seeds", "number of seeds"), ("draws", "posterior draws")]
+    head = [
+        ("method", ""),
+        ("seeds", "number of seeds"),
+        ("draws", "posterior draws of an example"),
+    ]
     head += [(heading(metric), metric.about) for metric in shown]
     lines = []
     for i, row in enumerate(family.rows):
-        draws = row.num_draws
         cells = [
             _method(position, i, row),
             f'<td data-value="{len(row.results)}" title="seeds {in_html(", ".join(row.seeds))}">'
             f"{len(row.results)}</td>",
-            f'<td data-value="{draws}">{draws}</td>',
+            f'<td data-value="{row.mean_draws:.9g}">{row.num_draws}</td>',
             *(_cell(row.cells.get(metric.key), family) for metric in shown),
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")

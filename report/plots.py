@@ -11,15 +11,16 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.signal import convolve  # by Fourier transform where that is faster
 
-from report.collect import Family, Result, Row, Training
 from report.escape import in_plot
 from report.measure import COVERAGE_GRID, ENTROPY_BINS
+from report.rows import Family, Result, Row, Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -280,7 +281,8 @@ def _around(cell) -> list[list[float]]:
 
 DRAWS = (
     "Number of draws: NLL and ECE of the mean of the first 1, 2, ... draws. Where the curve is "
-    "flat, more draws are not worth their time. Point estimates are a single point."
+    "flat, more draws are not worth their time. An example that has fewer counts with all it has. "
+    "Point estimates are a single point."
 )
 
 
@@ -288,8 +290,9 @@ def _draws(family: Family, rows: list[Styled]) -> Figure:
     figure, axes = _axes(2, 4.4, 3.0)
     for column, (ax, title) in enumerate(zip(axes, ("NLL", "ECE"), strict=True), start=1):
         for row, style, marker in rows:
-            shortest = min(len(result.curves.draws) for result in row.results)
-            points = np.mean([r.curves.draws[:shortest] for r in row.results], axis=0)
+            curves = [result.curves.draws for result in row.results]
+            common = reduce(np.intersect1d, [curve[:, 0] for curve in curves])
+            points = np.mean([curve[np.isin(curve[:, 0], common)] for curve in curves], axis=0)
             ax.plot(
                 points[:, 0],
                 points[:, column],

@@ -1,32 +1,21 @@
-"""Finished runs below some folders, and what they predicted; unusable ones with the reason."""
+"""Finished runs below some folders; unusable ones with the reason."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 from pydantic import Field, FiniteFloat, ValidationError
 
 from report.escape import LONGEST_TEXT, shorten
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
 from utils.errors import UsageError, quoted
-from utils.records import (
-    INTEGERS,
-    Count,
-    Record,
-    check_tensor,
-    read_bytes,
-    read_tensors_and_metadata,
-)
+from utils.records import Count, Record, read_bytes
 from utils.run_paths import NOT_RUNS
 from utils.run_records import (
     ARGS_FILE,
@@ -49,14 +38,17 @@ NOT_SETTINGS = frozenset(
         *("tracker", "nowand", "wandb_entity", "wandb_project", "wandb_name"),
         *("eval_per_steps", "eval_steps", "eval_batch_size", "bayes_eval_n_samples", "num_bins"),
         *("ood_datasets", "ood_ori_dataset", "adapter_dataset"),
+        "prefix_cache",  # the same numbers, sooner
         "temperature_scaling",  # what it changes beside a row of its own is --hold-out
         *NOT_REPEATED,
         *WITHOUT_EFFECT,
     }
 )
-BLOCK = 2_000_000  # numbers of draws at once: 16 MB in double precision
-MOST_NUMBERS = 2**30  # of a file's draws: 4 GiB in single precision
-MOST_CLASSES = 1000
+# Settings of a prediction, not of the posterior: those of the run that evaluates it.
+OF_EVALUATION = (
+    *("bayes_eval_n_samples_final", "flipout_eval", "draws"),
+    *("draws_adaptive", "draws_tolerance", "draws_error_rate"),
+)
 MOST_HISTORY = 2**28  # bytes of history.jsonl
 MOST_NLL = 1e9  # in a plot
 SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?(\d+)")
@@ -111,7 +103,7 @@ class Run:
 
     A run that only evaluates what an earlier one of the same method has trained says so of that
     posterior: `dataset`, `seeds` and `posterior` are the earlier run's, and so are the settings,
-    apart from the flags that were given.
+    apart from the flags that were given and those of `OF_EVALUATION`.
 
     Attributes:
         method, model: in full, as in the command.
@@ -150,26 +142,6 @@ class Run:
 def seed_text(seeds: Seeds) -> str:
     """The seed, and the other two where they differ from it."""
     return "/".join(map(str, seeds if len(set(seeds)) > 1 else seeds[:1]))
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Draws in the order of their index.
-
-    Attributes:
-        draws: log-probabilities, (n, N, C), as they are stored.
-        labels: (n,)
-        index: (n,) rows in their split.
-        split: of the data set.
-        fingerprint: of data set, split, index, labels and the number of classes; the lower 32
-            bits seed the resamples.
-    """
-
-    draws: np.ndarray
-    labels: np.ndarray
-    index: np.ndarray
-    split: str
-    fingerprint: int
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Skipped]]:
@@ -271,7 +243,7 @@ def _read_run(folder: Path) -> Run:
         settings = {"folder": SEED_IN_NAME.sub("", folder.name)}
     own = _settings(args)
     # what an evaluation of an earlier run's posterior has set otherwise
-    changed = {*stored.given, "bayes_eval_n_samples_final"} & own.keys() - {"load_lora_path"}
+    changed = {*stored.given, *OF_EVALUATION} & own.keys() - {"load_lora_path"}
     command = stored.run.get("command")
     command = " ".join(map(str, command)) if isinstance(command, list) else ""
     provenance = {
@@ -397,72 +369,6 @@ def _settings(args: dict[str, Any]) -> dict[str, Any]:
         for key, value in args.items()
         if key not in NOT_SETTINGS
     }
-
-
-def read_predictions(evaluation: Evaluation) -> Predictions:
-    """The stored draws, checked.
-
-    Raises:
-        Unusable: the file is missing, cut short, of another data set, or its numbers are none.
-    """
-    try:
-        return _read_predictions(evaluation)
-    except UsageError as error:
-        raise Unusable(str(error)) from None
-    except MemoryError:
-        raise Unusable(f"{evaluation.file.name} does not fit into the memory") from None
-
-
-def _read_predictions(evaluation: Evaluation) -> Predictions:
-    name = shorten(evaluation.file.name)
-    if not os.path.lexists(evaluation.file):
-        raise Unusable(f"there is no {name}")
-    wanted = ("log_probs", "labels", "index")
-    tensors, metadata = read_tensors_and_metadata(evaluation.file, name, wanted, MOST_NUMBERS)
-    dataset = metadata.get("dataset", evaluation.dataset)
-    if dataset != evaluation.dataset:
-        raise Unusable(f"{name} is of {quoted(dataset)}, not of {quoted(evaluation.dataset)}")
-    missing = [key for key in wanted if key not in tensors]
-    if missing:
-        raise Unusable(f"{name} has no {' and no '.join(missing)}")
-    log_probs, labels, index = (tensors[key] for key in wanted)
-    fits = log_probs.ndim == 3 and 0 not in log_probs.shape
-    if not fits or not labels.shape == index.shape == log_probs.shape[:1]:
-        shapes = ", ".join(str(tuple(tensors[key].shape)) for key in wanted)
-        raise Unusable(f"{name} has shapes {shorten(shapes)}, not (n, N, C), (n,), (n,)")
-    n, _, num_classes = check_tensor(tensors, "log_probs", log_probs.shape, name).shape
-    if num_classes > MOST_CLASSES:
-        raise Unusable(f"{name} has {num_classes} classes; at most {MOST_CLASSES} are measured")
-    labels, index = (
-        check_tensor(tensors, key, (n,), name, INTEGERS).long().numpy()
-        for key in ("labels", "index")
-    )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise Unusable(f"{name} has labels outside of its {num_classes} classes")
-    if index.min() < 0:
-        raise Unusable(f"{name} has a row of a negative index")
-    order = np.argsort(index, kind="stable")
-    if (np.diff(index[order]) == 0).any():
-        raise Unusable(f"{name} holds a row of the data set twice")
-    if log_probs.dtype == torch.bfloat16:  # numpy has no such type
-        log_probs = log_probs.float()
-    draws = log_probs.numpy()
-    mass = (np.logaddexp.reduce(block.astype(float), axis=-1) for block in row_blocks(draws))
-    if any(np.abs(block).max() > 1e-3 for block in mass):
-        raise Unusable(f"{name} holds probabilities that do not add up to 1")
-    if (np.diff(index) < 0).any():
-        draws, labels, index = draws[order], labels[order], index[order]
-    split = str(metadata.get("split") or evaluation.stored.split)
-    examples = np.concatenate([[num_classes], index, labels]).tobytes()
-    described = f"{evaluation.dataset} {split} ".encode(errors="backslashreplace") + examples
-    digest = int.from_bytes(hashlib.sha256(described).digest()[:8])
-    return Predictions(draws, labels, index, split, digest << 32 | zlib.crc32(described))
-
-
-def row_blocks(draws: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of (n, N, C) draws in blocks of bounded size."""
-    rows = max(1, BLOCK // draws[0].size)
-    return (draws[start : start + rows] for start in range(0, len(draws), rows))
 
 
 History = dict[str, list[tuple[int, float]]]

@@ -7,7 +7,6 @@ import io
 import math
 import re
 
-from report.collect import Cell, Family, Report, Row
 from report.escape import (
     LONGEST_TEXT,
     code_in_markdown,
@@ -17,6 +16,7 @@ from report.escape import (
     shorten,
 )
 from report.measure import METRICS, TABLES, Metric
+from report.rows import Cell, Family, Report, Row
 from utils.errors import one_line
 
 SHORT = ("acc", "ece", "nll", "brier")  # of the terminal
@@ -34,8 +34,8 @@ RULE = (
 
 
 def number(value: float) -> str:
-    """Three decimals; `UNDEFINED` for what is not a number."""
-    return f"{value:.3f}" if math.isfinite(value) else UNDEFINED
+    """Three decimals, 0 without a sign; `UNDEFINED` for what is not a number."""
+    return f"{value:z.3f}" if math.isfinite(value) else UNDEFINED
 
 
 def bracket(low: float, high: float) -> str:
@@ -280,7 +280,17 @@ CSV_COLUMNS = (
     *("model", "trained_on", "dataset", "split", "method", "metric", "value", "low", "high"),
     *("std_over_seeds", "if_calibrated", "mark", "baseline"),
     *("difference", "difference_low", "difference_high", "n_common_seeds"),
-    *("n_examples", "n_draws", "n_seeds", "seeds", "num_bins", "resamples", "commits", "runs"),
+    *(
+        "n_examples",
+        "n_draws",
+        "mean_draws",
+        "n_seeds",
+        "seeds",
+        "num_bins",
+        "resamples",
+        "commits",
+        "runs",
+    ),
 )
 
 
@@ -305,7 +315,8 @@ def comma_separated(report: Report) -> str:
                         *(*map(in_csv, names), key),
                         *map(_exact, numbers),
                         *(cell.mark, in_csv(family.baseline), *map(_exact, difference)),
-                        *(family.num_examples, row.num_draws, len(row.results)),
+                        *(family.num_examples, row.num_draws, _exact(row.mean_draws)),
+                        len(row.results),
                         in_csv(" ".join(row.seeds)),
                         *(report.options.num_bins, report.options.resamples),
                         *(in_csv(" ".join(commits)), in_csv(" ".join(runs))),

@@ -2,7 +2,9 @@ r"""What a posterior says of its own errors: calibration beyond the ECE, uncerta
 
 Pure numpy functions beside the four numbers of `utils.metrics`. Two kinds:
 
-- per example: `(log_probs, labels)` or draws to an array `(n,)`;
+- per example: `(log_probs, labels)` or draws to an array `(n,)`. Where examples have unequal
+  numbers of draws, `num_draws (n,)` says how many of the N are an example's own, the first ones;
+  what stands behind them is ignored;
 - of a data set: arrays `(n,)` to one number. Each takes `weights (R, n)` and then returns `(R,)`
   numbers, one per row of weights. A row that counts how often each example was drawn gives exactly
   the value on that resample, repeated examples included, so R bootstrap resamples of n examples
@@ -15,10 +17,12 @@ undefined (an AUROC without positives) is NaN.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import entr
 
 Values = Float[np.ndarray, " n"]
+Draws = Float[np.ndarray, "n N C"]  # log-probabilities
+Counts = Int[np.ndarray, " n"]
 Weights = Float[np.ndarray, "R n"]
 Number = float | Float[np.ndarray, " R"]
 
@@ -58,33 +62,79 @@ def predictive_entropy(log_probs: Float[np.ndarray, "n C"]) -> Values:
     return entr(np.exp(log_probs)).sum(-1)
 
 
-def expected_entropy(draws: Float[np.ndarray, "n N C"]) -> Values:
+def expected_entropy(draws: Draws, num_draws: Counts | None = None) -> Values:
     r"""$\frac1N \sum_n H[p_n]$, nats: the uncertainty that remains if the weights were known."""
-    return entr(np.exp(draws)).sum(-1).mean(-1)
+    probs, drawn = _own_draws(draws, num_draws)
+    return entr(probs).sum((1, 2)) / drawn.sum(1)
 
 
 def mutual_information(
-    log_probs: Float[np.ndarray, "n C"], draws: Float[np.ndarray, "n N C"]
+    log_probs: Float[np.ndarray, "n C"], draws: Draws, num_draws: Counts | None = None
 ) -> Values:
     r"""$H[\bar p] - \frac1N \sum_n H[p_n]$, nats: what the label would tell about the weights.
 
     Epistemic uncertainty, "BALD" (Houlsby et al. 2011, arXiv 1112.5745). 0 for one draw; rounding
-    below 0 is cut.
+    below 0 is cut. Too low by about $\frac{1}{2N} \sum_c \mathrm{Var}_n \, p_n(c) / \bar p_c$ for
+    independent draws, so it grows with N; at most $\log N$. `jackknifed_information` corrects it.
     """
-    return np.maximum(predictive_entropy(log_probs) - expected_entropy(draws), 0.0)
+    found = predictive_entropy(log_probs) - expected_entropy(draws, num_draws)
+    return np.maximum(found, 0.0)
 
 
-def draw_deviation(draws: Float[np.ndarray, "n N C"]) -> Values:
+def jackknifed_information(
+    draws: Draws, num_draws: Counts | None = None, antithetic: bool = False
+) -> Values:
+    r"""Mutual information without its first-order bias in the number of draws, nats.
+
+    $G I - \frac{G-1}{G} \sum_g I_{-g}$ (Quenouille 1956), with I the mutual information of all
+    draws and $I_{-g}$ the one without unit g. The G units must be independent: single draws, or
+    pairs (E, -E) of antithetic ones, where an odd last draw is a unit of its own. What is left of
+    the bias is O(1/G^2). The price is variance over draws, of which the jackknife's own estimate,
+    $\frac{G-1}{G} \sum_g (I_{-g} - \bar I_{-g})^2$, is too large on average (Efron and Stein 1981).
+    Entropy is concave, so but for rounding it is never below 0 nor, with equal units, below I. If
+    the draws decide when they are enough, it stays too low: where the first agree, few follow.
+
+    Args:
+        draws: (n, N, C).
+        num_draws: how many of them each example has, (n,); None: all N.
+        antithetic: whether draws 2k and 2k+1 are a pair.
+    Returns:
+        (n,); NaN for a single unit.
+    """
+    probs, drawn = _own_draws(draws, num_draws)
+    starts = np.arange(0, draws.shape[1], 2 if antithetic else 1)
+    of_unit = np.add.reduceat(probs, starts, axis=1)  # (n, G, C), sums over the draws of a unit
+    entropies = np.add.reduceat(entr(probs).sum(-1), starts, axis=1)  # (n, G)
+    sizes = np.add.reduceat(drawn.astype(float), starts, axis=1)  # 0 where an example has no more
+    total, entropy, size = (sums.sum(1) for sums in (of_unit, entropies, sizes))
+    whole = entr(total / size[:, None]).sum(-1) - entropy / size
+    left = size[:, None] - sizes
+    # rounding may leave a sum of probabilities below 0, whose entropy would be infinite
+    rest = np.maximum(total[:, None] - of_unit, 0.0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where the only unit is left out
+        means = rest / left[:, :, None]
+        without = entr(means).sum(-1) - (entropy[:, None] - entropies) / left
+    units = (sizes > 0).sum(1)
+    return units * whole - (units - 1) * np.where(sizes > 0, without, 0.0).sum(1) / units
+
+
+def draw_deviation(draws: Draws, num_draws: Counts | None = None) -> Values:
     r"""Standard deviation over draws of the predicted class's probability, $\sqrt{\mathrm{Var}_n
     \, p_n(\hat y)}$ with $\hat y = \arg\max_c \bar p_c$ (Gal and Ghahramani 2016, arXiv 1506.02142,
     report such spreads). Between 0 and 1/2; divisor N.
+
+    Of antithetic draws it is the spread of a single draw as well, but known only as well as from
+    N/2 pairs: the two of a pair say nearly the same of it.
     """
-    probs = np.exp(draws)
-    predicted = probs.mean(1).argmax(-1)
-    return np.take_along_axis(probs, predicted[:, None, None], 2)[..., 0].std(1)
+    probs, drawn = _own_draws(draws, num_draws)
+    size = drawn.sum(1)
+    predicted = probs.sum(1).argmax(-1)
+    chosen = np.take_along_axis(probs, predicted[:, None, None], 2)[..., 0]  # (n, N)
+    centred = np.where(drawn, chosen - (chosen.sum(1) / size)[:, None], 0.0)
+    return np.sqrt(np.square(centred).sum(1) / size)
 
 
-def flip_rates(draws: Float[np.ndarray, "n N C"]) -> Values:
+def flip_rates(draws: Draws, num_draws: Counts | None = None) -> Values:
     r"""Share of the draws whose most probable class is not the posterior predictive's.
 
     $\frac1N \sum_n [\arg\max_c p_n(c) \ne \arg\max_c \bar p(c)]$, with $\bar p$ the mean of the N
@@ -93,8 +143,17 @@ def flip_rates(draws: Float[np.ndarray, "n N C"]) -> Values:
     mode of the votes. The prediction at the posterior mean of the *weights* is not stored, so it
     is not what the draws are held against. 0 for one draw.
     """
-    predicted = np.exp(draws).mean(1).argmax(-1)
-    return (draws.argmax(-1) != predicted[:, None]).mean(-1)
+    probs, drawn = _own_draws(draws, num_draws)
+    predicted = probs.sum(1).argmax(-1)
+    flipped = drawn & (draws.argmax(-1) != predicted[:, None])
+    return flipped.sum(1) / drawn.sum(1)
+
+
+def _own_draws(draws: Draws, num_draws: Counts | None) -> tuple[Draws, Bool[np.ndarray, "n N"]]:
+    """Probabilities of the draws, 0 of those that an example does not have, and which it has."""
+    n, most, _ = draws.shape
+    drawn = np.arange(most) < (np.full(n, most) if num_draws is None else num_draws)[:, None]
+    return np.where(drawn[:, :, None], np.exp(draws), 0.0), drawn
 
 
 # --- of a data set: means -------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 from pydantic import StringConstraints
 
-from report.collect import Report
 from report.escape import file_stem
 from report.page import page
 from report.plots import FIGURES, draw_family, draw_training
+from report.rows import Report
 from report.tables import CSV_COLUMNS, comma_separated, latex, markdown
 from utils.errors import RunError, UsageError, quoted
 from utils.records import MOST_BYTES, Record, read_record

@@ -203,7 +203,7 @@ def test_temperature_scaling_is_a_row_of_its_own(tmp_path):
     raw, scaled = family.rows
     assert (raw.name, scaled.name) == ("map", "map + temperature")
     (run,), _ = find_runs([tmp_path])
-    from report.runs import read_predictions
+    from report.predictions import read_predictions
 
     predictions = read_predictions(run.evaluations[0])
     log_probs = posterior_predictive(scale(torch.from_numpy(predictions.draws).double(), 2.0))
@@ -215,7 +215,7 @@ def test_temperature_scaling_is_a_row_of_its_own(tmp_path):
 def test_draws_in_blocks_give_the_same_numbers(tmp_path, monkeypatch):
     make_run(tmp_path, "blob", num_draws=4, temperature=2.0)
     whole = comma_separated(report_on(tmp_path))
-    monkeypatch.setattr("report.runs.BLOCK", 4 * 3 * 7)  # rows 7 by 7
+    monkeypatch.setattr("report.predictions.BLOCK", 4 * 3 * 7)  # rows 7 by 7
     assert comma_separated(report_on(tmp_path)) == whole
 
 
@@ -271,7 +271,7 @@ def test_shifted_examples_are_held_against_source_examples(tmp_path):
     make_run(tmp_path, shifted=True)
     _, shifted = report_on(tmp_path).families
     (run,), _ = find_runs([tmp_path])
-    from report.runs import read_predictions
+    from report.predictions import read_predictions
 
     scores = [Examples.of(read_predictions(e)).scores["entropy"] for e in run.evaluations]
     positive = np.repeat([0.0, 1.0], [len(s) for s in scores])

@@ -30,7 +30,9 @@ class Metrics(NamedTuple):
     brier: float
 
 
-def posterior_predictive(log_probs: Float[Tensor, "n N C"]) -> Float[Tensor, "n C"]:
+def posterior_predictive(
+    log_probs: Float[Tensor, "n N C"], num_draws: Int[Tensor, " n"] | None = None
+) -> Float[Tensor, "n C"]:
     r"""The log of the mean probability over N posterior draws.
 
     $\log p(y|x) = \operatorname{logsumexp}_n \log p(y|x, \theta_n) - \log N$: probabilities are
@@ -39,10 +41,16 @@ def posterior_predictive(log_probs: Float[Tensor, "n N C"]) -> Float[Tensor, "n 
 
     Args:
         log_probs: log-probabilities of each draw, (n, N, C).
+        num_draws: how many each row has, (n,), 1 to N: the mean is over the first so many, and
+            what stands behind them is ignored, NaN or not. None: all have N.
     Returns:
         (n, C), float64.
     """
-    return torch.logsumexp(log_probs.double(), dim=1) - math.log(log_probs.shape[1])
+    if num_draws is None:
+        return torch.logsumexp(log_probs.double(), dim=1) - math.log(log_probs.shape[1])
+    drawn = torch.arange(log_probs.shape[1], device=log_probs.device) < num_draws[:, None]  # (n, N)
+    own = log_probs.double().masked_fill(~drawn[:, :, None], -math.inf)
+    return torch.logsumexp(own, dim=1) - num_draws.double().log()[:, None]
 
 
 def accuracy(log_probs: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> float:

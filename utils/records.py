@@ -228,6 +228,7 @@ def check_tensor(
     shape: tuple[int | None, ...],
     where: str,
     dtypes: Collection[torch.dtype | str] = FLOATS,
+    finite: bool = True,
 ) -> Tensor:
     """The tensor `name`, after its shape, type and values were looked at.
 
@@ -236,7 +237,8 @@ def check_tensor(
         name: of the tensor.
         shape: what it must have; None stands for any size.
         where: the file, and on whose behalf it is read.
-        dtypes: what it may have, or their names; floats must be finite.
+        dtypes: what it may have, or their names.
+        finite: whether floats must be.
     Raises:
         UsageError: it is missing or breaks a rule.
     """
@@ -257,7 +259,7 @@ def check_tensor(
         raise UsageError(
             f"{where}: {quoted(name)} is of type {found}; it must be one of {', '.join(kinds)}."
         )
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    if finite and tensor.is_floating_point() and not tensor.isfinite().all():
         raise UsageError(
             f"{where}: {quoted(name)} has values that are not numbers (NaN or infinite)."
         )

@@ -84,7 +84,12 @@ class Scaled(Record):
 
 
 class Block(Record):
-    """A data set's metrics. Those that an overridden `evaluate` does not know are None."""
+    """A data set's metrics. Those that an overridden `evaluate` does not know are None.
+
+    Attributes:
+        n_draws: the most draws that a row has.
+        mean_draws: the mean over the rows; None where all have `n_draws`.
+    """
 
     acc: Share
     ece: Share
@@ -95,6 +100,7 @@ class Block(Record):
     seconds: Nonnegative | None = None
     n_examples: Count | None = None
     n_draws: Count | None = None
+    mean_draws: Nonnegative | None = None
     temperature_scaled: Scaled | None = None
 
 

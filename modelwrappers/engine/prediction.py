@@ -29,11 +29,14 @@ class Predictions(NamedTuple):
         log_probs: log-probabilities of each draw, (n, N, C), float32.
         labels: (n,)
         index: (n,) rows in their split.
+        num_draws: how many of the N draws each row has, (n,), the first ones; the others are NaN.
+            None: every row has all.
     """
 
     log_probs: Float[Tensor, "n N C"]
     labels: Int[Tensor, " n"]
     index: Int[Tensor, " n"]
+    num_draws: Int[Tensor, " n"] | None = None
 
 
 # --- draws ----------------------------------------------------------------------------------------

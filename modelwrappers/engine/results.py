@@ -86,7 +86,7 @@ def _fit_temperature(wrapper: WrapperBase) -> float:
     predictions = wrapper.predict(wrapper.held_out_loader)
     name = wrapper.args.dataset.rpartition(":")[2]
     _write_predictions(wrapper, predictions, name, "held_out", predictions_file("held_out"))
-    return fit_temperature(predictions.log_probs, predictions.labels)
+    return fit_temperature(predictions.log_probs, predictions.labels, predictions.num_draws)
 
 
 def _score_and_keep(
@@ -108,11 +108,13 @@ def _score_and_keep(
         "seconds": round(time.perf_counter() - started, 3),
     }
     if wrapper.predictions is not None:  # an overridden `evaluate` may keep none
-        log_probs, labels, _ = wrapper.predictions
+        log_probs, labels, _, num_draws = wrapper.predictions
         block |= {"n_examples": len(labels), "n_draws": log_probs.shape[1]}
+        if num_draws is not None:
+            block["mean_draws"] = num_draws.double().mean().item()
         temperature = wrapper.fitted_temperature
         if temperature is not None:
-            scaled = posterior_predictive(scale(log_probs, temperature))
+            scaled = posterior_predictive(scale(log_probs, temperature), num_draws)
             block["temperature_scaled"] = {
                 "temperature": temperature,
                 **score(scaled, labels, num_bins)._asdict(),
@@ -129,12 +131,13 @@ def _write_predictions(
         return
     wrapper.run_folder.write_tensors(
         file,
-        predictions._asdict(),
+        {key: value for key, value in predictions._asdict().items() if value is not None},
         {
             "dataset": dataset,
             "split": split,
             "seed": str(wrapper.args.seed),
             "modelwrapper": wrapper.args.modelwrapper,
+            "draws": getattr(wrapper, "draws_kind", "independent"),
         },
     )
 
