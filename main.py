@@ -85,7 +85,7 @@ def parse_args(
         wrapper = modelwrappers.get_wrapper(method)
     parser = build_parser(wrapper.add_arguments)
     args = parser.parse_strictly(argv, config, "--config", flags_of_other_methods)
-    return finish(args, parser, wrapper.check_arguments)
+    return finish(args, parser, wrapper.check_call)
 
 
 @contextmanager

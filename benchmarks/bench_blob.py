@@ -18,10 +18,9 @@ import math
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
-from common import BATCH, TOKENS, alternate
+from common import BATCH, TOKENS, alternate, growth_of_memory
 from torch import nn
 
 import main as program
@@ -154,19 +153,12 @@ def measure_memory(side: str) -> None:
                 wrapper.eval().forward_logits(wrapper.model_inputs(b), n_samples=DRAWS)
                 wrapper.train()
 
-    # The peak so far is that of loading; from here it counts anew.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _peak()
-    for _ in range(3):
-        step(batch)
-    draws(batch)
-    print(_peak() - before)
+    def work() -> None:
+        for _ in range(3):
+            step(batch)
+        draws(batch)
 
-
-def _peak() -> int:
-    """Peak resident bytes since it was last reset (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    print(growth_of_memory(work))
 
 
 def main(rounds: int) -> None:

@@ -25,3 +25,19 @@ def alternate(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
             steps[name]()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def growth_of_memory(work: Callable[[], object]) -> int:
+    """Bytes by which `work` raises this process's peak of resident memory (Linux).
+
+    For a process of its own: memory that was freed before would be used again.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of loading
+    before = _peak()
+    work()
+    return _peak() - before
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024

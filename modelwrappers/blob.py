@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelwrappers.lora.draws import Draws
 from modelwrappers.lora.stochastic import (
     RHO,
     GaussianPosterior,
     add_kl_gradients,
-    attach_posterior,
     kl_divergence,
     posterior_parameters,
     spread_tensors,
@@ -48,14 +46,16 @@ class BLoB(GaussianPosterior, WrapperBase):
     """Gaussian posterior on A, trained by backpropagation."""
 
     learning_rate_flags = ("--lr", "--bayes-kllr")
-    posterior_flags = ("bayes_beta", "flipout", "bayes_inference_notsample")
+    posterior_flags = (
+        *("bayes_beta", "flipout", "bayes_inference_notsample"),
+        *GaussianPosterior.draw_flags,
+    )
 
     def __init__(
         self, model, peft_config, args=None, accelerator=None, adapter_name="default", **settings
     ) -> None:
         super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
-        self.draws = Draws(self.args.flipout)
-        attach_posterior(self, adapter_name, self.args.bayes_eps, self.draws)
+        self.attach(adapter_name, self.args.flipout, self.args.bayes_eps)
         self.means: list[nn.Parameter] = []  # filled when everything is on its device
         self.rhos: list[nn.Parameter] = []
         self.kl_step = 0  # updates of the KL's weight done
@@ -97,6 +97,7 @@ class BLoB(GaussianPosterior, WrapperBase):
 
     @classmethod
     def check_arguments(cls, args) -> None:
+        cls.settle_draws(args)
         if args.bayes_final_beta is not None:
             notice_once("--bayes-final-beta has no effect: the prior's width is --prior-std.")
         if args.bayes_flipout is not None:

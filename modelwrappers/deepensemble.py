@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from modelwrappers.engine.posterior import adapter_folder
@@ -136,23 +138,47 @@ class DeepEnsemble(WrapperBase):
         is_training = self.step < self.last_step
         return self.members[: self.member + 1] if is_training else self.members
 
-    def draw_logits(self, batch: Batch, n_samples: int) -> Iterator[Float[Tensor, "m B C"]]:
+    def draw_logits(
+        self, batch: Batch, n_samples: int, first: int | None = None
+    ) -> Iterator[Float[Tensor, "m B C"]]:
         """The logits of all members that are ready, several of them in one mixed batch."""
-        members, rows = self._ready(), len(batch["input_ids"])
+        return self.copies_logits(batch, len(self._ready()))
 
-        def forward(stacked: Batch, copies: range) -> Tensor:
-            names = members[copies.start : copies.stop]
-            if not self.shares_positions:
-                adapter_names = [name for name in names for _ in range(rows)]
-                return self.batch_logits(stacked, adapter_names=adapter_names)
-            active = self.active_adapter  # one at a time, which is then the active one
-            self.set_adapter(names[0])
-            try:
-                return self.batch_logits(stacked)
-            finally:
-                self.set_adapter(active)
+    def copies_kwargs(self, draws: range, rows: int) -> dict[str, Any]:
+        """Which member each row of a mixed batch is sent through."""
+        if self.shares_positions:
+            return {}
+        return {"adapter_names": [name for name in self._names(draws) for _ in range(rows)]}
 
-        return self.copies_logits(batch, len(members), forward)
+    def copies_forward(self, batch: Batch, draws: range, **kwargs) -> Float[Tensor, "mB C"]:
+        """As the base's; where there is no mixed batch, the one member is the active one."""
+        if not self.shares_positions:
+            return super().copies_forward(batch, draws, **kwargs)
+        active = self.active_adapter
+        self.set_adapter(self._names(draws)[0])
+        try:
+            return super().copies_forward(batch, draws, **kwargs)
+        finally:
+            self.set_adapter(active)
+
+    def _names(self, draws: range) -> list[str]:
+        return self._ready()[draws.start : draws.stop]
+
+    def noisy_modules(self) -> list[nn.Module]:
+        """What a mixed batch goes through by member: LoRA layers and saved heads."""
+        return [m for m in self.modules() if isinstance(m, LoraLayer | ModulesToSaveWrapper)]
+
+    @property
+    def rows_share_draws(self) -> bool:
+        return True
+
+    @classmethod
+    def prefix_obstacle(cls, args) -> str | None:
+        return None
+
+    @classmethod
+    def adaptive_obstacle(cls, args) -> str | None:
+        return "an ensemble predicts with its members, and there are no more of them; drop it"
 
     # --- members ----------------------------------------------------------------------------------
 

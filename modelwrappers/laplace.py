@@ -115,6 +115,7 @@ class Laplace(WrapperBase):
     """Laplace posterior on a trained adapter, or on one that this run trains first as MAP does."""
 
     is_stochastic = True
+    draws_kind = "antithetic"  # of the logits, see `_standard_normal`
     Description = Description
     adapter_files = (*WrapperBase.adapter_files, FACTORS_FILE)
     posterior_file = FACTORS_FILE
@@ -212,6 +213,14 @@ class Laplace(WrapperBase):
                     "made); train with --hold-out, or pass evidence."
                 )
             args.hold_out = True
+
+    @classmethod
+    def prefix_obstacle(cls, args) -> str | None:
+        return "the Jacobians of a row go through all of its tokens"
+
+    @classmethod
+    def adaptive_obstacle(cls, args) -> str | None:
+        return "draws of the logits cost next to nothing; drop it"
 
     def final_draws(self) -> int:
         draws = super().final_draws()

@@ -153,8 +153,7 @@ def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict
     }
     if not _is_by(record, wrapper_class):  # only the adapter is taken
         return settings
-    kept = wrapper_class.posterior_flags
-    own = {key: record.flags[key] for key in kept if key in record.flags}
+    own = wrapper_class.recorded_flags(record.flags)
     return settings | own | {"bayes_eval_n_samples_final": record.n_draws}
 
 

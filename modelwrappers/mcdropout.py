@@ -35,15 +35,19 @@ class MCDropout(WrapperBase):
         if args.lora_dropout is not None:
             _check_dropout(args.lora_dropout)
 
-    @contextmanager
-    def sampling(self, n_samples: int) -> Iterator[None]:
-        masks = [
+    def noisy_modules(self) -> list[nn.Module]:
+        """LoRA's dropout layers."""
+        return [
             mask
             for layer in self.modules()
             if isinstance(layer, LoraLayer)
             for mask in layer.lora_dropout.values()
             if isinstance(mask, nn.Dropout)
         ]
+
+    @contextmanager
+    def sampling(self, n_samples: int) -> Iterator[None]:
+        masks = self.noisy_modules()
         before = [mask.training for mask in masks]
         for mask in masks:
             mask.train(n_samples > 0)

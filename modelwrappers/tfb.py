@@ -20,11 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
-from modelwrappers.lora.draws import Draws
 from modelwrappers.lora.stochastic import (
     RHO,
     GaussianPosterior,
-    attach_posterior,
     posterior_mean,
     spread_tensors,
 )
@@ -74,14 +72,13 @@ class TFB(GaussianPosterior, WrapperBase):
     """Gaussian posterior on A, found by search instead of training."""
 
     Description = Description
-    posterior_flags = ("flipout", "bayes_inference_notsample")
+    posterior_flags = ("bayes_inference_notsample", *GaussianPosterior.draw_flags)
 
     def __init__(
         self, model, peft_config, args=None, accelerator=None, adapter_name="default", **settings
     ) -> None:
         super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
-        self.draws = Draws(self.args.flipout)
-        attach_posterior(self, adapter_name, 1.0, self.draws)
+        self.attach(adapter_name, self.args.flipout_eval, 1.0)
         self.sigma: float | None = None
         self.search: list[dict[str, float | bool]] = []
         self.criterion, self.tolerance = self.args.tfb_criterion, self.args.th
@@ -111,13 +108,14 @@ class TFB(GaussianPosterior, WrapperBase):
             help="what the tolerance bounds: relative change of the NLL, share of changed answers "
             "(default: nll; tfblora_acc flips)",
         )
-        cls.add_flipout_argument(group)
+        cls.add_draw_arguments(group, "--flipout")  # it trains nothing: there is but one
         for name in ("--bayes-klreweighting", "--bayes-datasetrescaling"):
             add_switch(compatibility_group(parser), name, help="no effect: nothing is trained")
         add_without_effect(parser, "nothing is trained", *_UNUSED_VALUES)
 
     @classmethod
     def check_arguments(cls, args) -> None:
+        cls.settle_draws(args)
         if args.load_lora_path is None:
             raise UsageError(
                 "TFB makes a trained adapter Bayesian, but there is none; pass --load-lora-path "

@@ -23,10 +23,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from modelwrappers.engine import posterior, prediction, results, training
+from modelwrappers.engine.adaptive import FIRST_STAGE, Settling
 from modelwrappers.engine.logits import ClassLogits
 from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.engine.prediction import Batch, Predictions
+from modelwrappers.engine.prefix import check_prefix
 from modelwrappers.lora.backbone import facts_of, settle_generate
+from modelwrappers.lora.blocks import find_blocks
 from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.heads import head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
@@ -113,6 +116,7 @@ class WrapperBase(ClassLogits, PeftModel):
         self.__dict__["loop"] = None
         self._resumed = False
         self.wandb_logger = None
+        check_prefix(self)
         settle_generate(model, args.modelwrapper if self.final_draws() else None)
         self._trained_base_layers = train_head_under_lora(self, roots)
 
@@ -126,12 +130,51 @@ class WrapperBase(ClassLogits, PeftModel):
     def check_arguments(cls, args) -> None:
         """Fill in the method's defaults and raise `UsageError` on flags that contradict it."""
 
+    @classmethod
+    def check_call(cls, args) -> None:
+        """`check_arguments`, and flags that every method has but not all can follow.
+
+        Raises:
+            UsageError: one of them is given to a method that cannot.
+        """
+        cls.check_arguments(args)
+        if args.draws_adaptive and args.bayes_eval_n_samples_final <= FIRST_STAGE:
+            raise UsageError(
+                f"--draws-adaptive looks at a row for the first time after {FIRST_STAGE} draws, "
+                f"but --bayes-eval-n-samples-final is {args.bayes_eval_n_samples_final}; raise "
+                "that, or drop --draws-adaptive."
+            )
+        for flag, is_asked, obstacle in (
+            ("--prefix-cache on", args.prefix_cache == "on", cls.prefix_obstacle),
+            ("--draws-adaptive", args.draws_adaptive, cls.adaptive_obstacle),
+        ):
+            if is_asked and (reason := obstacle(args)) is not None:
+                raise UsageError(f"{flag} and --modelwrapper {args.modelwrapper}: {reason}.")
+
+    @classmethod
+    def adaptive_obstacle(cls, args) -> str | None:
+        """See `ClassLogits`. What takes predictions must know that rows have unequal draws."""
+        for name in ("predict", "evaluate"):
+            if getattr(cls, name) is not getattr(WrapperBase, name):
+                return f"its own {name} takes all draws for made"
+        return super().adaptive_obstacle(args)
+
+    @classmethod
+    def recorded_flags(cls, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the flags in a saved posterior's record those that it needs again."""
+        return {key: flags[key] for key in cls.posterior_flags if key in flags}
+
     def sampling(self, n_samples: int) -> AbstractContextManager:
         """Context in which a batch stacked `n_samples` times sees that many draws of the weights.
 
         0 means the posterior mean. Contexts nest: an inner one of the same number is no change.
         """
         return nullcontext()
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """The base model's blocks, in their order; none where it has no list of them."""
+        blocks = find_blocks(self.get_base_model())
+        return list(blocks.modules) if blocks is not None else []
 
     def configure_optimizers(self) -> None:
         """Fill `optimizers` and `schedulers`; called once a loop, when every parameter exists."""
@@ -380,17 +423,21 @@ class WrapperBase(ClassLogits, PeftModel):
         Args:
             eval_loader: batches with labels and index; its `target_ids` are the answers, if it has
                 any.
-            n_samples: N; 0 for the posterior mean, None for the method's final number of draws.
+            n_samples: N; 0 for the posterior mean, None for the method's final number of draws, or
+                with --draws-adaptive at most so many.
         """
-        n_samples = self.final_draws() if n_samples is None else n_samples
-        return prediction.predict(self, eval_loader, n_samples)
+        if n_samples is not None:
+            return prediction.predict(self, eval_loader, n_samples)
+        settling = Settling.of(self.args) if self.args.draws_adaptive else None
+        return prediction.predict(self, eval_loader, self.final_draws(), settling)
 
     def evaluate(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Metrics:
         """Metrics of the posterior predictive over all rows; keeps the draws in `predictions`."""
         draws = prediction.draws_for(self.predict, n_samples)
         self.predictions = self.predict(eval_loader, **draws)
-        log_probs, labels, _, num_draws = self.predictions
-        return score(posterior_predictive(log_probs, num_draws), labels, self.args.num_bins)
+        predictions = self.predictions
+        log_probs = posterior_predictive(predictions.log_probs, predictions.num_draws)
+        return score(log_probs, predictions.labels, self.args.num_bins)
 
     def fit_evaluate(self) -> Metrics:
         """Train if there is anything to train, evaluate, and leave the results in the folder."""

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What --lora-layers does to calibration: plain LoRA (MAP) and BLoB on all blocks of SmolLM2-135M, on the
 # last 15 and on the last 8, trained on 80 BBC headlines as the quickstart does, three seeds. Each adapter
-# is evaluated on 500 held-out headlines: with its mean, ten draws, and draws until they are settled.
-# About an hour on two cores; ends with the report. A finished run is skipped, an interrupted one resumed.
+# is evaluated on 500 held-out headlines with its mean and with ten draws; those on the last 8 also with
+# up to 32 draws, until they are settled, and with all 32. A bit more than an hour on two cores; ends with
+# the report. A finished run is skipped, an interrupted one resumed.
 #   SEEDS="1 2 3" LAYERS="all last:15 last:8" STEPS=160 bash scripts/layers.sh
 #   PHASE=train bash scripts/layers.sh      # or PHASE=evaluate: one half of it
 set -euo pipefail
@@ -12,6 +13,7 @@ SEEDS="${SEEDS:-1 2 3}"
 LAYERS="${LAYERS:-all last:15 last:8}"
 STEPS="${STEPS:-160}"
 PHASE="${PHASE:-both}"
+SETTLED="${SETTLED-last:8}" # where draws until they are settled are held against all 32
 OUT="checkpoints/layers"
 COMMON=(--dataset-type mcdataset --model smollm2-135m --dataset bbc_headlines --nowand --resume)
 
@@ -49,8 +51,13 @@ for seed in $SEEDS; do
             evaluate map map "$layers" "$seed"
             evaluate blob-mean blob "$layers" "$seed" --bayes-inference-notsample
             evaluate blob blob "$layers" "$seed" --bayes-eval-n-samples-final 10
-            evaluate blob-settled blob "$layers" "$seed" --bayes-eval-n-samples-final 64 \
-                --draws-adaptive
+            if [[ " $SETTLED " == *" $layers "* ]]; then
+                # without signs draws are sets of weights: the first ones of both runs are the same
+                evaluate blob-settled blob "$layers" "$seed" --flipout-eval none \
+                    --bayes-eval-n-samples-final 32 --draws-adaptive
+                evaluate blob-full blob "$layers" "$seed" --flipout-eval none \
+                    --bayes-eval-n-samples-final 32
+            fi
         fi
     done
 done

@@ -128,7 +128,7 @@ def test_a_killed_run_resumes_in_the_member_it_was_in(causal_flags, monkeypatch,
 def test_probabilities_are_averaged_not_logits(causal_flags):
     _, dataset, wrapper = build(ensemble(causal_flags))
     metrics = wrapper.fit_evaluate()
-    log_probs, labels, *_ = wrapper.predictions
+    log_probs, labels, _ = wrapper.predictions
     mean = log_probs.exp().mean(1)
     assert metrics.nll == pytest.approx(-mean[range(37), labels].log().mean().item(), rel=1e-5)
     batch = wrapper.model_inputs(next(iter(dataset.test_dataloader)))

@@ -107,3 +107,20 @@ def test_adapters_in_the_last_block_leave_the_first_as_it_was(causal_flags):
     with torch.inference_mode():
         ours = wrapper.base_model(input_ids=ids, output_hidden_states=True).hidden_states[1]
     assert torch.equal(base, ours)
+
+
+def test_the_backwards_of_laplace_stop_at_the_first_adapted_block(causal_flags):
+    flags = [*causal_flags, "--modelwrapper", "laplace", "--lora-layers", "last:1"]
+    _, dataset, wrapper = build([*flags, "--max-train-steps", "2"])
+    wrapper.fit(dataset.train_dataloader)
+    reached = []
+    for block in find_blocks(wrapper.get_base_model()).modules:
+        block.register_forward_hook(
+            lambda module, inputs, output: reached.append(
+                (output[0] if isinstance(output, tuple) else output).requires_grad
+            )
+        )
+    wrapper.fit_posterior()
+    wrapper.predict(dataset.test_dataloader)
+    assert reached and reached[0::2] == [False] * (len(reached) // 2)
+    assert reached[1::2] == [True] * (len(reached) // 2)

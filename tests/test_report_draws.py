@@ -20,6 +20,7 @@ from test_report import MADE, make_run, report_on
 from test_report_hostile import DTYPES, FAST, one_run, restored, rewrite  # noqa: F401 (a fixture)
 
 import main
+from modelwrappers.engine.prediction import Predictions
 from modelwrappers.wrapperbase import WrapperBase
 from report import uncertainty as u
 from report.collect import SETTLED, UNEQUAL_DRAWS
@@ -254,7 +255,7 @@ def test_a_run_with_unequal_draws_is_reported_as_it_measured_itself(
         most = predictions.log_probs.shape[1]
         num_draws = most - predictions.index % most
         log_probs = without_others(predictions.log_probs, num_draws)
-        return predictions._replace(log_probs=log_probs, num_draws=num_draws)
+        return Predictions(log_probs, predictions.labels, predictions.index, num_draws)
 
     monkeypatch.setattr(WrapperBase, "predict", adaptive)
     monkeypatch.setattr(WrapperBase, "draws_kind", "antithetic", raising=False)

@@ -167,11 +167,13 @@ def test_flipped_signs_are_fair_and_flip_nothing_else(dtype):
 def test_gradients_of_the_noisy_projection_are_numerically_right(flipout):
     torch.manual_seed(0)
     x = torch.randn(4, 3, 40, dtype=torch.float64, requires_grad=True)
-    noise = torch.randn(2, 5, 40, dtype=torch.float64, requires_grad=True)
+    mean = torch.randn(5, 40, dtype=torch.float64, requires_grad=True)
+    rho = torch.rand(5, 40, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(2, 5, 40, dtype=torch.float64)
     signs_in = random_signs(x.shape, flipout, x.device)
     signs_out = random_signs((4, 3, 5), flipout, x.device)
     assert torch.autograd.gradcheck(
-        lambda x, noise: NoisyProjection.apply(x, noise, signs_in, signs_out), (x, noise)
+        lambda *values: NoisyProjection.apply(*values, noise, signs_in, signs_out), (x, mean, rho)
     )
     assert torch.autograd.gradcheck(lambda x: FlipSigns.apply(x, signs_in), (x,))
 

@@ -232,6 +232,18 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
                 f"{quoted(value)} is named by a file only: pass {flag} yourself."
             )
     _match_types(args)
+    if args.prefix_cache == "on" and args.model_type == "seqcls":
+        raise UsageError(
+            "--prefix-cache on keeps what a causal LM computes for the tokens that prompts share, "
+            f"but --dataset-type {args.dataset_type} trains a classifier; drop it."
+        )
+    if not args.draws_adaptive:
+        for name in ("draws_tolerance", "draws_error_rate"):
+            if name in args.called:
+                raise UsageError(
+                    f"{spelling(name)} is part of drawing until a row is settled; pass "
+                    "--draws-adaptive, too, or drop it."
+                )
     args.num_shots = 0 if args.num_shots is None else args.num_shots
     if args.num_shots and args.dataset_type == "bertds":
         raise UsageError(
@@ -405,7 +417,7 @@ def settings_of(
     """All flags of a method for a use without a command line; `output_dir` is None: no folder.
 
     Args:
-        method: has `add_arguments` and `check_arguments`.
+        method: has `add_arguments` and `check_call`.
         called: what the caller has said, by the names of the flags.
         stored: values of a file, which hold where the caller said nothing.
         where: that file.
@@ -418,7 +430,7 @@ def settings_of(
     unsaid = {key: value for key, value in unsaid.items() if key not in stored}
     args = parser.settings(unsaid | called, stored, where)
     args.output_dir = None
-    return finish(args, parser, method.check_arguments, adopts=False)
+    return finish(args, parser, method.check_call, adopts=False)
 
 
 # Groups of flags that a method in memory cannot follow, and what says the same there.

@@ -209,6 +209,29 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     evaluation.add_argument(
         "--bayes-train-n-samples", type=draws, default=1, help="draws per training step"
     )
+    add_switch(
+        evaluation,
+        "--draws-adaptive",
+        help="at the end, draw for each row until it is settled, at most as many",
+    )
+    evaluation.add_argument(
+        "--draws-tolerance",
+        type=above(0, 1),
+        default=0.05,
+        help="settled: the answer's probability is known to within this",
+    )
+    evaluation.add_argument(
+        "--draws-error-rate",
+        type=above(0, 0.5),
+        default=0.01,
+        help="share of the rows that may get another answer than from all draws",
+    )
+    evaluation.add_argument(
+        "--prefix-cache",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="run the tokens that prompts share once per draw; auto: where it pays",
+    )
     add_switch(evaluation, "--bayes-inference-notsample", help="predict with the posterior mean")
     add_switch(
         evaluation,

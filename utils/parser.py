@@ -41,7 +41,7 @@ SYNONYMS = {
     "modelwrapper": ("method", "wrapper"),
     "dataset": ("data", "dataset-name"),
     "quantization": ("load-in-4bit", "quantize"),
-    "bayes-eval-n-samples-final": ("samples", "n-samples", "num-samples", "draws"),
+    "bayes-eval-n-samples-final": ("samples", "n-samples", "num-samples"),
     "load-lora-path": ("adapter", "adapter-path", "lora-path"),
     "output-dir": ("out", "output", "out-dir", "save-dir"),
     "kl-lr": ("lr-kl", "kl-learning-rate"),
@@ -177,10 +177,13 @@ class Parser(argparse.ArgumentParser):
         for key, value in stored.items():
             if key in said or key in NOT_REPEATED:
                 continue
-            if key not in known:
+            # an older file may have another spelling of it
+            flag = f"--{key.replace('_', '-')}"
+            action = known.get(key) or self._option_string_actions.get(flag)
+            if action is None:
                 hint = did_you_mean(key, known)
                 raise UsageError(f"{where}: unknown flag {quoted(key)}{hint}")
-            said[key] = stored_value(known[key], value, where)
+            said.setdefault(action.dest, stored_value(action, value, where))
         args = Args(**{key: said.get(key, action.default) for key, action in known.items()})
         args.given = {key: value for key, value in said.items() if key not in NOT_REPEATED}
         args.called = called

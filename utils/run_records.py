@@ -159,7 +159,7 @@ def _read_versioned(path: Path, record: type[RecordType], what: str, remedy: str
 FREE_FLAGS = {
     *("resume", "overwrite", "config", "tracker", "nowand", "save_per_steps", "device"),
     *("wandb_entity", "wandb_project", "wandb_name", "output_dir", "log_path", "checkpoint_name"),
-    *("eval_batch_size", "gradient_checkpointing"),  # the remedies of a full memory
+    *("eval_batch_size", "gradient_checkpointing", "prefix_cache"),  # of a full memory
     "adapter_dataset",  # follows from --load-lora-path
 }
 

@@ -108,7 +108,8 @@ def _score_and_keep(
         "seconds": round(time.perf_counter() - started, 3),
     }
     if wrapper.predictions is not None:  # an overridden `evaluate` may keep none
-        log_probs, labels, _, num_draws = wrapper.predictions
+        log_probs, labels, _ = wrapper.predictions
+        num_draws = wrapper.predictions.num_draws
         block |= {"n_examples": len(labels), "n_draws": log_probs.shape[1]}
         if num_draws is not None:
             block["mean_draws"] = num_draws.double().mean().item()
@@ -131,7 +132,7 @@ def _write_predictions(
         return
     wrapper.run_folder.write_tensors(
         file,
-        {key: value for key, value in predictions._asdict().items() if value is not None},
+        predictions.tensors(),
         {
             "dataset": dataset,
             "split": split,

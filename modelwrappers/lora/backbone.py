@@ -353,10 +353,10 @@ def _check_blocks(args, model: PreTrainedModel, config: LoraConfig) -> None:
     Raises:
         UsageError: it has others.
     """
-    blocks = find_blocks(model)
-    if args.lora_layers is None or blocks is None:
+    if args.lora_layers is None:
         return
-    wanted = set(chosen_blocks(args.lora_layers, len(blocks.modules)))
+    blocks = find_blocks(model)
+    wanted = set(chosen_blocks(args.lora_layers, len(blocks.modules) if blocks else 0))
     adapted = adapted_blocks(model, config)
     if wanted != adapted:
         raise UsageError(

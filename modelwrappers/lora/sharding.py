@@ -35,8 +35,20 @@ def check_sharding(args) -> None:
     """Hold the flags against an FSDP launch.
 
     Raises:
-        UsageError: a quantised base: its layers do not take sharded weights.
+        UsageError: a quantised base: its layers do not take sharded weights. Draws by row: all
+            processes gather a layer together, and would need equally many forwards.
     """
+    if args.prefix_cache == "on":
+        raise UsageError(
+            "--prefix-cache on runs forwards of its own, but under FSDP all processes must run "
+            "equally many; pass --prefix-cache auto, which leaves it out here."
+        )
+    if args.draws_adaptive:
+        raise UsageError(
+            "--draws-adaptive runs more forwards where rows need them, but under FSDP all "
+            "processes must run equally many; drop it, or launch without FSDP, e.g. with "
+            "configs/accelerate/ddp.yaml."
+        )
     if args.quantization != "none":
         raise UsageError(
             f"--quantization {args.quantization} and an FSDP launch do not go together: "

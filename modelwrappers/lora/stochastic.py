@@ -12,26 +12,28 @@ contract for each backend, requirements.txt pins the versions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from modelwrappers.lora.draws import (
     FLIPOUT,
+    KINDS,
     Draws,
     FlipSigns,
     NoisyProjection,
-    random_signs,
+    rows_of,
 )
 from utils.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from modelwrappers.engine.prediction import Batch, Predictions
+    from modelwrappers.engine.prediction import Batch
 
 RHO = "lora_A_rho"
 # Layers of PEFT whose forward consults `lora_variant`. Others (AWQ, AQLM, EETQ, INC, convolutions,
@@ -58,28 +60,34 @@ class GaussianLora(LoraVariant):
             x: (N*B, ..., in) inputs, or (N*B, T) token ids of an embedding.
             result: what the base layer gives for them, (N*B, ..., out).
         """
+        scaling = module.scaling[active_adapter]
         if active_adapter in module.lora_embedding_A:
-            delta = self._embedding(module, active_adapter, x)
-        else:
-            delta = self._linear(module, active_adapter, x)
-        return result + delta * module.scaling[active_adapter]
+            return result + self._embedding(module, active_adapter, x) * scaling
+        hidden = self._hidden(module, active_adapter, x)
+        weight = module.lora_B[active_adapter].weight
+        is_plain = module.lora_B[active_adapter].bias is None and not _autocast(x)
+        if is_plain and result.dtype == hidden.dtype == weight.dtype:
+            # product, scaling and sum in one operation
+            rows = torch.addmm(rows_of(result), rows_of(hidden), weight.T, alpha=scaling)
+            return rows.view(result.shape)
+        return result + module.lora_B[active_adapter](hidden) * scaling
 
-    def _linear(self, module, adapter: str, x: Tensor) -> Tensor:
+    def _hidden(self, module, adapter: str, x: Tensor) -> Float[Tensor, "rows ... r"]:
+        """What B is applied to."""
         self._check_rows(x)
         weight = module.lora_A[adapter].weight  # (r, in)
         x = module.lora_dropout[adapter](x)
-        hidden = nn.functional.linear(x, weight)  # (N*B, ..., r)
         draws = self.draws
-        if draws.n_samples:
-            std = getattr(module, RHO)[adapter].square()
-            noise = std * draws.noise(id(module), weight.shape, weight)  # (N, r, in)
-            if torch.is_autocast_enabled(x.device.type):
-                dtype = torch.get_autocast_dtype(x.device.type)
-                x, noise = x.to(dtype), noise.to(dtype)
-            signs_in = random_signs(x.shape, draws.flipout, x.device)
-            signs_out = random_signs(hidden.shape, draws.flipout, x.device)
-            hidden = hidden + NoisyProjection.apply(x, noise, signs_in, signs_out)
-        return module.lora_B[adapter](hidden)
+        if not draws.n_samples:
+            return nn.functional.linear(x, weight)
+        noise = draws.noise(id(module), weight.shape, weight)  # (N, r, in)
+        if _autocast(x):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        signs_in = draws.random_signs(x.shape, x.device)
+        signs_out = draws.random_signs(torch.Size((*x.shape[:-1], len(weight))), x.device)
+        rho = getattr(module, RHO)[adapter]
+        return NoisyProjection.apply(x, weight, rho, noise, signs_in, signs_out)
 
     def _check_rows(self, x: Tensor) -> None:
         if self.draws.n_samples and x.shape[0] % self.draws.n_samples:
@@ -106,7 +114,7 @@ class GaussianLora(LoraVariant):
             rows = torch.arange(draws.n_samples, device=ids.device)[:, None]
             noisy = (std * noise)[rows, position].view(hidden.shape)
             # The input's sign and the output's are one sign per component here.
-            signs = random_signs(hidden.shape, draws.flipout, ids.device)
+            signs = draws.random_signs(hidden.shape, ids.device)
             hidden = hidden + FlipSigns.apply(noisy, signs)
         delta = hidden @ module.lora_embedding_B[adapter].T
         scale = module._get_embed_scale()
@@ -124,6 +132,11 @@ class GaussianLora(LoraVariant):
         return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight)
 
 
+def _autocast(x: Tensor) -> bool:
+    """Whether mixed precision is on; the meta device has none, and raises where it is asked."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 # --- the posterior of a model ---------------------------------------------------------------------
 
 
@@ -131,30 +144,134 @@ class GaussianPosterior:
     """What methods share whose posterior is Gaussian on A; stands before `WrapperBase`.
 
     Attributes:
-        draws: of all stochastic layers; the method sets it and attaches it (`attach_posterior`).
+        draws: of all stochastic layers; `attach` makes and attaches it.
+        draw_flags: what a saved posterior needs again to draw as its run did.
     """
 
     is_stochastic = True
     draws: Draws
+    draw_flags: ClassVar[tuple[str, ...]] = ("flipout_eval", "draws")
 
-    @staticmethod
-    def add_flipout_argument(group) -> None:
-        """Add --flipout to the method's group of flags."""
+    def attach(self, adapter: str, flipout: str, eps: float) -> None:
+        """Give the LoRA layers a posterior, and draws as the flags have them.
+
+        Args:
+            flipout: in training.
+            eps: see `attach_posterior`.
+        """
+        antithetic = self.args.draws == "antithetic"
+        self.draws = Draws(flipout, self.args.flipout_eval, antithetic)
+        attach_posterior(self, adapter, eps, self.draws)
+        if antithetic and self.shares_positions and self.args.flipout_eval != "none":
+            raise UsageError(
+                "--draws antithetic needs both draws of a pair in one forward, or no random signs; "
+                f"this model takes one draw per forward and --flipout-eval is "
+                f"{self.args.flipout_eval}: pass --flipout-eval none, or --draws independent."
+            )
+
+    @classmethod
+    def add_flipout_argument(cls, group) -> None:
+        """Add --flipout, of training, and `add_draw_arguments` to the method's group of flags."""
         group.add_argument(
-            "--flipout", choices=FLIPOUT, default="token", help="what gets its own random signs"
+            "--flipout",
+            choices=FLIPOUT,
+            default="token",
+            help="what gets its own random signs in training",
         )
+        cls.add_draw_arguments(group)
+
+    @classmethod
+    def add_draw_arguments(cls, group, *spellings: str) -> None:
+        """Add --draws and --flipout-eval to the method's group of flags.
+
+        Args:
+            spellings: others of --flipout-eval.
+        """
+        group.add_argument(
+            *("--flipout-eval", *spellings),
+            dest="flipout_eval",
+            choices=FLIPOUT,
+            help="what gets its own random signs at prediction (default: example, or none where "
+            "--flipout is; with --protocol original as --flipout)",
+        )
+        group.add_argument(
+            "--draws",
+            choices=KINDS,
+            default="independent",
+            help="antithetic: in pairs of opposite noise, for a mean of less variance",
+        )
+
+    @classmethod
+    def settle_draws(cls, args) -> None:
+        """Fill in --flipout-eval: signs per token are right for training only.
+
+        Raises:
+            UsageError: --draws antithetic, and no pair of draws.
+        """
+        number = args.bayes_eval_n_samples_final
+        if args.draws == "antithetic" and (args.bayes_inference_notsample or number < 2):
+            other = "--bayes-inference-notsample takes no draw"
+            if not args.bayes_inference_notsample:
+                other = f"--bayes-eval-n-samples-final is {number}"
+            raise UsageError(
+                f"--draws antithetic takes draws in pairs, but {other}; drop one of them."
+            )
+        if args.flipout_eval is None:
+            flipout = getattr(args, "flipout", "token")
+            is_kept = flipout == "none" or args.protocol == "original"
+            args.flipout_eval = flipout if is_kept else "example"
+
+    @classmethod
+    def recorded_flags(cls, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """As the base's. Older records have one --flipout for training and prediction."""
+        return super().recorded_flags({"flipout_eval": flags.get("flipout", "token"), **flags})
+
+    @classmethod
+    def prefix_obstacle(cls, args) -> str | None:
+        signs = getattr(args, "flipout_eval", None) or args.flipout
+        if signs == "none" or args.bayes_inference_notsample:
+            return None
+        return f"--flipout-eval {signs} gives each row weights of its own; pass --flipout-eval none"
+
+    @property
+    def draws_kind(self) -> str:
+        return "antithetic" if self.draws.antithetic else "independent"
 
     def sampling(self, n_samples: int) -> AbstractContextManager:
         """The hook of `WrapperBase`: stacked copies see different A."""
-        return self.draws.stacked(n_samples)
+        return self.draws.stacked(n_samples, self.training)
 
-    def predict(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Predictions:
-        """As the base's; without flipout a draw is one set of weights for the whole data set."""
-        n_samples = self.final_draws() if n_samples is None else n_samples
-        if self.draws.flipout != "none" or n_samples == 0:
-            return super().predict(eval_loader, n_samples)
-        with self.draws.fixed(n_samples, self.args.seed_sampling):
-            return super().predict(eval_loader, n_samples)
+    def noisy_modules(self) -> list[nn.Module]:
+        return [
+            module
+            for module in self.modules()
+            if isinstance(module, LoraLayer)
+            and isinstance(module.lora_variant.get(self.active_adapter), GaussianLora)
+        ]
+
+    def from_draw(self, first: int) -> AbstractContextManager:
+        return self.draws.starting_at(first)
+
+    def evaluation_draws(self, n_samples: int) -> AbstractContextManager:
+        """Without flipout a draw is one set of weights for a whole data set."""
+        if self.draws.flipout_eval != "none" or n_samples == 0:
+            return nullcontext()
+        return self.draws.fixed(n_samples, self.args.seed_sampling)
+
+    def draw_logits(
+        self, batch: Batch, n_samples: int, first: int | None = None
+    ) -> Iterator[Float[Tensor, "n B C"]]:
+        """As the base's; without flipout a draw is one set of weights for all rows."""
+        one_for_all = self.draws.flipout_eval == "none" and not self.training
+        if not one_for_all or self.draws.is_fixed:
+            yield from super().draw_logits(batch, n_samples, first)
+            return
+        with self.draws.fixed(n_samples, int(torch.randint(2**31, ()))):
+            yield from super().draw_logits(batch, n_samples, first)
+
+    @property
+    def rows_share_draws(self) -> bool:
+        return self.draws.flipout_eval == "none" and self.draws.is_fixed
 
 
 def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -> None:
