@@ -4,8 +4,8 @@ Everything is a ratio to one deterministic pass (the posterior mean, whole promp
 same rows; both sides alternate in one process, ratios of medians. SmolLM2-135M and MiniLM-L6,
 float32, r 8 on query and value.
 
-    cost      ten draws with noise in all blocks, in the last 15, 8 and 4; a cached beginning; six
-              antithetic draws
+    cost      ten draws with noise in all blocks, in the last 15, 8 and 4; a cached beginning; four
+              antithetic draws, which are worth ten independent ones on the adapter of `error`
     growth    with the number of draws, of rows and of tokens
     error     of n independent and n antithetic draws against 1,000 others, on a BLoB adapter that
               is trained first, and how many antithetic draws are worth ten independent ones
@@ -104,13 +104,12 @@ def cost(rounds: int) -> None:
         wrapper = build(f"{SMOLLM2} --lora-layers last:15 {flags}")
         batch = batch_of(wrapper, 16, TOKENS, shared)
         measured = ratio(
-            lambda w=wrapper, b=batch, p=shared > 0: predict(w, b, 6, with_prefix=p),
+            lambda w=wrapper, b=batch, p=shared > 0: predict(w, b, 4, with_prefix=p),
             lambda w=wrapper, b=batch: predict(w, b, 0),
             rounds,
         )
-        row(
-            f"SmolLM2, 16 rows, {shared} of 68 tokens shared, six pairwise draws, last:15", measured
-        )
+        name = f"SmolLM2, 16 rows, {shared} of 68 tokens shared, four antithetic draws, last:15"
+        row(name, measured)
     wrapper = build(SMOLLM2)
     loop = faithful_loop(wrapper.target_ids)
     batch = batch_of(wrapper, BATCH, TOKENS)
