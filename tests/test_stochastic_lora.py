@@ -12,9 +12,9 @@ from torch.distributions import kl_divergence as reference_kl
 
 from modelwrappers.lora.draws import (
     Draws,
-    FlipSigns,
     NoisyProjection,
     flip_signs,
+    random_bits,
     random_signs,
 )
 from modelwrappers.lora.exact_4bit import use_exact_4bit
@@ -153,7 +153,7 @@ def test_flipout_decorrelates_what_it_says(flipout, rows_differ, tokens_differ):
 def test_flipped_signs_are_fair_and_flip_nothing_else(dtype):
     torch.manual_seed(0)
     x = torch.randn(200, 3, 70).to(dtype)
-    flipped = flip_signs(x, random_signs(x.shape, "token", x.device))
+    flipped = flip_signs(x, random_bits(x.shape, x.device))
     assert flipped.dtype == dtype and torch.equal(flipped.abs(), x.abs())
     signs = (flipped / x).double()
     assert signs.mean().abs() < 0.02
@@ -163,6 +163,28 @@ def test_flipped_signs_are_fair_and_flip_nothing_else(dtype):
     assert correlation.abs().max() < 0.2, "components are independent"
 
 
+@pytest.mark.parametrize("width", [5, 8, 70])
+def test_random_signs_are_fair_and_independent(width):
+    torch.manual_seed(0)
+    signs = random_signs((200, 30, width), torch.empty(0, dtype=torch.float64))
+    assert signs.shape == (200, 30, width) and torch.equal(signs.abs(), torch.ones_like(signs))
+    assert (signs.mean((0, 1)) * math.sqrt(6000)).abs().max() < 4.5
+    correlation = torch.corrcoef(signs.flatten(0, 1).T) - torch.eye(width)
+    assert correlation.abs().max() < 0.07
+
+
+def test_layers_that_read_one_tensor_share_its_signs_and_no_others_do():
+    draws = Draws("token")
+    x = torch.randn(4, 3, 64)
+    with draws.stacked(1):
+        first = draws.flipped(x)
+        assert draws.flipped(x) is first
+        assert not torch.equal(draws.flipped(x.clone()), first)
+        assert not torch.equal(draws.flipped(x), first), "a tensor that comes again later"
+    with draws.stacked(1):
+        assert not torch.equal(draws.flipped(x), first), "the next forward"
+
+
 @pytest.mark.parametrize("flipout", ["token", "example", "none"])
 def test_gradients_of_the_noisy_projection_are_numerically_right(flipout):
     torch.manual_seed(0)
@@ -170,12 +192,17 @@ def test_gradients_of_the_noisy_projection_are_numerically_right(flipout):
     mean = torch.randn(5, 40, dtype=torch.float64, requires_grad=True)
     rho = torch.rand(5, 40, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(2, 5, 40, dtype=torch.float64)
-    signs_in = random_signs(x.shape, flipout, x.device)
-    signs_out = random_signs((4, 3, 5), flipout, x.device)
-    assert torch.autograd.gradcheck(
-        lambda *values: NoisyProjection.apply(*values, noise, signs_in, signs_out), (x, mean, rho)
-    )
-    assert torch.autograd.gradcheck(lambda x: FlipSigns.apply(x, signs_in), (x,))
+    bits = signs = None
+    if flipout != "none":
+        rest = 3 if flipout == "token" else 1
+        bits = random_bits((4, rest, 40), x.device)
+        signs = random_signs((4, rest, 5), x)
+
+    def project(x, mean, rho):
+        flipped = None if bits is None else flip_signs(x.detach(), bits)
+        return NoisyProjection.apply(x, mean, rho, noise, flipped, signs)
+
+    assert torch.autograd.gradcheck(project, (x, mean, rho))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

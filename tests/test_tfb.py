@@ -82,7 +82,7 @@ def test_the_noise_of_the_weights_is_isotropic_in_the_column_space_of_b(causal_f
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("criterion", ["nll", "flips"])
 def test_the_tolerance_is_kept_and_the_largest_such_sigma_is_taken(kind, criterion, request):
-    flags = [*trained(request.getfixturevalue(kind)), "--tfb-criterion", criterion, "--th", "0.02"]
+    flags = [*trained(request.getfixturevalue(kind)), "--tfb-criterion", criterion, "--th", "0.04"]
     flags += ["--bayes-beta", "0.05", "--iter", "6", "--anchor-size", "30"]
     _, dataset, wrapper = build(flags)
     assert len(dataset.anchor_rows) == 30
@@ -100,7 +100,7 @@ def test_the_tolerance_is_kept_and_the_largest_such_sigma_is_taken(kind, criteri
         "nll": abs(negative_log_likelihood(drawn, labels) - reference) / reference,
         "flips": (drawn.argmax(-1) != labels).double().mean().item(),
     }[criterion]
-    assert change <= 0.02
+    assert change <= 0.04  # one anchor of 30 may change
 
 
 def test_the_originals_names_choose_the_criterion(causal_flags):

@@ -6,7 +6,8 @@ again. Nothing here knows PEFT or which layers these are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -52,6 +53,7 @@ class Draws:
         self._seed = 0
         self._total = 0
         self._first = 0
+        self._flipped: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     @property
     def is_fixed(self) -> bool:
@@ -69,6 +71,7 @@ class Draws:
             yield
         finally:
             self.n_samples, self.signs, self.in_pairs = before
+            self._flipped = None
             if before[0] == 0:  # the next stack of the same evaluation goes on with the next draws
                 self._first += n_samples
 
@@ -122,14 +125,37 @@ class Draws:
         noise = torch.randn(own, *shape, dtype=like.dtype, device=like.device, generator=generator)
         return _paired(noise, -noise, number) if self.in_pairs else noise
 
-    def random_signs(self, shape: torch.Size, device: torch.device) -> Tensor | None:
-        """`random_signs` of a stacked tensor (N*B, ..., d); a pair's two copies have the same."""
-        if not self.in_pairs or self.signs == "none":
-            return random_signs(shape, self.signs, device)
+    def flipped(self, x: Tensor) -> Tensor | None:
+        """x (N*B, ..., d) with random signs, or None for x as it is; not for autograd.
+
+        Layers that read one tensor, like the projections of an attention, get the same signs: their
+        noise is independent anyway, and on a CPU flipping costs as much as a product of rank 8.
+        """
+        if self.signs == "none":
+            return None
+        if self._flipped is None or self._flipped[0]() is not x:
+            bits = self._by_row(x.shape, lambda lead: random_bits((*lead, x.shape[-1]), x.device))
+            self._flipped = weakref.ref(x), flip_signs(x.detach(), bits)
+        return self._flipped[1]
+
+    def random_signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """+1 and -1 for a stacked tensor (N*B, ..., d), or None for +1 alone; broadcasts to it.
+
+        Args:
+            like: gives data type and device.
+        """
+        if self.signs == "none":
+            return None
+        return self._by_row(shape, lambda lead: random_signs((*lead, shape[-1]), like))
+
+    def _by_row(self, shape: tuple[int, ...], make: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """What `make` gives for the leading sizes that have signs of their own, in pairs or not."""
+        rest = shape[1:-1] if self.signs == "token" else (1,) * (len(shape) - 2)
+        if not self.in_pairs:
+            return make((shape[0], *rest))
         rows, pairs = shape[0] // self.n_samples, (self.n_samples + 1) // 2
-        signs = random_signs(torch.Size((pairs * rows, *shape[1:])), self.signs, device)
-        signs = signs.unflatten(0, (pairs, rows))
-        return _paired(signs, signs, self.n_samples).flatten(0, 1)
+        signs = make((pairs * rows, *rest)).unflatten(0, (pairs, rows))
+        return _paired(signs, signs, self.n_samples).flatten(0, 1)  # the same for both of a pair
 
 
 def _paired(first: Tensor, second: Tensor, number: int) -> Tensor:
@@ -140,82 +166,27 @@ def _paired(first: Tensor, second: Tensor, number: int) -> Tensor:
 # --- random signs ---------------------------------------------------------------------------------
 
 
-def random_signs(shape: torch.Size, flipout: str, device: torch.device) -> Tensor | None:
-    """Random bits for the signs of a tensor (rows, ..., d): new ones per "token" or "example".
+def random_signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """+1 or -1 for each component of a tensor (..., d), by eights from a table."""
+    width = shape[-1]
+    patterns = torch.randint(256, (*shape[:-1], -(-width // 8)), device=like.device)
+    signs = nn.functional.embedding(patterns, _sign_patterns(like.device, like.dtype))
+    return signs.flatten(-2)[..., :width]
 
-    Returns:
-        int32 words, 32 signs in each: drawing and keeping a float of +1 or -1 for each component
-        would cost 32 times as much of both. None where `flipout` is "none".
+
+@cache
+def _sign_patterns(device: torch.device, dtype: torch.dtype) -> Tensor:
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return (2 * bits - 1).to(dtype)
+
+
+def random_bits(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A random bit for each component of a tensor (..., d), as int32 words with 32 bits in each.
+
+    For wide tensors: drawing a float for each component would cost many times as much.
     """
-    if flipout == "none":
-        return None
-    lead = shape[:-1] if flipout == "token" else (shape[0], *[1] * (len(shape) - 2))
     words = -(-shape[-1] // 32)
-    return torch.randint(-(2**31), 2**31, (*lead, words), dtype=torch.int32, device=device)
-
-
-class NoisyProjection(torch.autograd.Function):
-    r"""$M x + u \circ ((G^2 \circ E)(t \circ x))$: the mean's projection, and that of each draw.
-
-    One function for all of it: it keeps x once and the signs' bits, not the flipped x, both parts
-    of x's gradient are added up in one buffer, and few small operations are left. On a CPU each of
-    those costs as much as a product with a rank of 8.
-
-    Args of `apply`:
-        x: (N*B, ..., in)
-        mean: M, (r, in)
-        rho: G, (r, in); the standard deviation is its square.
-        noise: E, (N, r, in)
-        signs_in, signs_out: of t and u; None for no signs.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, mean: Tensor, rho: Tensor, noise: Tensor, signs_in, signs_out):
-        ctx.save_for_backward(x, mean, rho, noise, signs_in, signs_out)
-        draws = (rho.square() * noise).to(x.dtype)
-        flipped = flip_signs(x, signs_in).reshape(len(draws), -1, x.shape[-1])  # (N, B*..., in)
-        # one draw, as in training, is a plain product, which is faster than a stack of one
-        noisy = flipped[0] @ draws[0].T if len(draws) == 1 else torch.bmm(flipped, draws.mT)
-        hidden = flip_signs(noisy.view(*x.shape[:-1], len(mean)), signs_out)
-        return hidden.add_(nn.functional.linear(x, mean))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rho, noise, signs_in, signs_out = ctx.saved_tensors
-        flipped_grad = flip_signs(grad, signs_out).reshape(len(noise), -1, len(mean))
-        mask = sign_mask(signs_in, x)  # for both flips of its width; the second one uses it up
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            draws = (rho.square() * noise).to(x.dtype)
-            grad_x = x.new_zeros(x.shape)
-            grad_x.view(len(noise), -1, x.shape[-1]).baddbmm_(flipped_grad, draws)
-            if mask is not None:  # of one row, maybe, for all tokens of an example
-                grad_x.view(mask.dtype).bitwise_xor_(mask)
-            rows_of(grad_x).addmm_(rows_of(grad), mean)
-        flipped = flipped_by(x, mask).reshape(len(noise), -1, x.shape[-1])
-        by_draw = torch.bmm(flipped_grad.mT, flipped) * noise  # (N, r, in)
-        by_draw = by_draw[0] if len(by_draw) == 1 else by_draw.sum(0)
-        grad_rho = by_draw.to(rho.dtype).mul_(rho).mul_(2)
-        grad_mean = rows_of(grad).T @ rows_of(x)
-        return grad_x, grad_mean, grad_rho, None, None, None
-
-
-def rows_of(values: Tensor) -> Tensor:
-    """(..., width) as a matrix."""
-    return values.reshape(-1, values.shape[-1])
-
-
-class FlipSigns(torch.autograd.Function):
-    """`flip_signs` with its gradient: the same flip."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, signs) -> Tensor:
-        ctx.save_for_backward(signs)
-        return flip_signs(x, signs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return flip_signs(grad, ctx.saved_tensors[0]), None
+    return torch.randint(-(2**31), 2**31, (*shape[:-1], words), dtype=torch.int32, device=device)
 
 
 _INTEGERS = {
@@ -226,21 +197,20 @@ _INTEGERS = {
 }
 
 
-def flip_signs(x: Tensor, signs: Tensor | None) -> Tensor:
-    """x with the sign bit of each component flipped where its bit in `signs` is set."""
-    return flipped_by(x, sign_mask(signs, x))
-
-
-def sign_mask(signs: Tensor | None, x: Tensor) -> Tensor | None:
-    """Integers of x's width, with just the sign bit set where it has to be flipped."""
-    if signs is None:
-        return None
+def flip_signs(x: Tensor, bits: Tensor) -> Tensor:
+    """x with the sign of each component flipped where its bit is set."""
     integer = _INTEGERS[x.dtype]
-    shifts = _shifts(x.device)
-    mask = (signs.unsqueeze(-1) << shifts).flatten(-2)[..., : x.shape[-1]]
+    mask = (bits.unsqueeze(-1) << _shifts(x.device)).flatten(-2)[..., : x.shape[-1]]
     if integer != torch.int32:  # an arithmetic shift by 31 spreads the bit over the whole word
         mask = mask.bitwise_right_shift_(31).to(integer)
-    return mask.bitwise_and_(torch.iinfo(integer).min)
+    mask = mask.bitwise_and_(torch.iinfo(integer).min)
+    values = _as_integers(x)
+    flipped = mask.bitwise_xor_(values) if mask.shape == values.shape else mask ^ values
+    return flipped.view(x.dtype)
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    return x.contiguous().view(_INTEGERS[x.dtype])
 
 
 @cache
@@ -248,10 +218,61 @@ def _shifts(device: torch.device) -> Tensor:
     return torch.arange(32, dtype=torch.int32, device=device)
 
 
-def flipped_by(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x with its sign bits flipped by a mask, which is used up."""
-    if mask is None:
-        return x
-    values = x.contiguous().view(mask.dtype)
-    flipped = mask.bitwise_xor_(values) if mask.shape == values.shape else mask ^ values
-    return flipped.view(x.dtype)
+# --- the noisy layer's product --------------------------------------------------------------------
+
+
+class NoisyProjection(torch.autograd.Function):
+    r"""$M x + u \circ ((G^2 \circ E)(t \circ x))$: the mean's projection, and that of each draw.
+
+    One function for all of it: what is flipped is kept once for all layers that read x, both parts
+    of x's gradient are added up in one buffer, and few small operations are left. On a CPU each of
+    those costs as much as a product with a rank of 8.
+
+    Args of `apply`:
+        x: (N*B, ..., in)
+        mean: M, (r, in)
+        rho: G, (r, in); the standard deviation is its square.
+        noise: E, (N, r, in)
+        flipped: t * x, or None where t is 1.
+        signs_out: u, broadcasts to (N*B, ..., r); None where it is 1.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, rho: Tensor, noise: Tensor, flipped, signs_out):
+        draws = (rho.square() * noise).to(x.dtype)
+        ctx.save_for_backward(x, mean, rho, noise, draws, flipped, signs_out)
+        flipped = _by_draw(x if flipped is None else flipped, draws)
+        # one draw, as in training, is a plain product, which is faster than a stack of one
+        noisy = flipped[0] @ draws[0].T if len(draws) == 1 else torch.bmm(flipped, draws.mT)
+        noisy = noisy.view(*x.shape[:-1], len(mean))
+        if signs_out is not None:
+            noisy.mul_(signs_out)
+        return noisy.add_(nn.functional.linear(x, mean))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rho, noise, draws, flipped, signs_out = ctx.saved_tensors
+        flipped_grad = _by_draw(grad if signs_out is None else grad * signs_out, noise)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.bmm(flipped_grad, draws).view(x.shape)
+            if flipped is not None:  # x and t * x differ in just the sign bits that t flips
+                bits = _as_integers(grad_x)
+                bits.bitwise_xor_(_as_integers(x)).bitwise_xor_(_as_integers(flipped))
+            rows_of(grad_x).addmm_(rows_of(grad), mean)
+        by_draw = torch.bmm(flipped_grad.mT, _by_draw(x if flipped is None else flipped, noise))
+        by_draw = by_draw.mul_(noise)  # (N, r, in)
+        by_draw = by_draw[0] if len(by_draw) == 1 else by_draw.sum(0)
+        grad_rho = by_draw.to(rho.dtype).mul_(rho).mul_(2)
+        grad_mean = rows_of(grad).T @ rows_of(x)
+        return grad_x, grad_mean, grad_rho, None, None, None
+
+
+def _by_draw(values: Tensor, draws: Tensor) -> Tensor:
+    """(N*B, ..., width) as a stack (N, B*..., width)."""
+    return values.reshape(len(draws), -1, values.shape[-1])
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """(..., width) as a matrix."""
+    return values.reshape(-1, values.shape[-1])

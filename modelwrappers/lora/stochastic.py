@@ -26,7 +26,6 @@ from modelwrappers.lora.draws import (
     FLIPOUT,
     KINDS,
     Draws,
-    FlipSigns,
     NoisyProjection,
     rows_of,
 )
@@ -84,10 +83,10 @@ class GaussianLora(LoraVariant):
         if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        signs_in = draws.random_signs(x.shape, x.device)
-        signs_out = draws.random_signs(torch.Size((*x.shape[:-1], len(weight))), x.device)
+        flipped = draws.flipped(x)
+        signs_out = draws.random_signs((*x.shape[:-1], len(weight)), x)
         rho = getattr(module, RHO)[adapter]
-        return NoisyProjection.apply(x, weight, rho, noise, signs_in, signs_out)
+        return NoisyProjection.apply(x, weight, rho, noise, flipped, signs_out)
 
     def _check_rows(self, x: Tensor) -> None:
         if self.draws.n_samples and x.shape[0] % self.draws.n_samples:
@@ -114,8 +113,8 @@ class GaussianLora(LoraVariant):
             rows = torch.arange(draws.n_samples, device=ids.device)[:, None]
             noisy = (std * noise)[rows, position].view(hidden.shape)
             # The input's sign and the output's are one sign per component here.
-            signs = draws.random_signs(hidden.shape, ids.device)
-            hidden = hidden + FlipSigns.apply(noisy, signs)
+            signs = draws.random_signs(hidden.shape, hidden)
+            hidden = hidden + (noisy if signs is None else noisy * signs)
         delta = hidden @ module.lora_embedding_B[adapter].T
         scale = module._get_embed_scale()
         return delta if scale is None else delta * scale.to(delta.dtype)
