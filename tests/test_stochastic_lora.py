@@ -12,9 +12,8 @@ from torch.distributions import kl_divergence as reference_kl
 
 from modelwrappers.lora.draws import (
     Draws,
+    Flips,
     NoisyProjection,
-    flip_signs,
-    random_bits,
     random_signs,
 )
 from modelwrappers.lora.exact_4bit import use_exact_4bit
@@ -149,20 +148,6 @@ def test_flipout_decorrelates_what_it_says(flipout, rows_differ, tokens_differ):
     assert torch.allclose(sample[0, 0], sample[0, 1]) is not tokens_differ
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_flipped_signs_are_fair_and_flip_nothing_else(dtype):
-    torch.manual_seed(0)
-    x = torch.randn(200, 3, 70).to(dtype)
-    flipped = flip_signs(x, random_bits(x.shape, x.device))
-    assert flipped.dtype == dtype and torch.equal(flipped.abs(), x.abs())
-    signs = (flipped / x).double()
-    assert signs.mean().abs() < 0.02
-    pairs = (signs.mean((0, 1)) * math.sqrt(600)).abs()
-    assert pairs.max() < 4.5, "no component is biased"
-    correlation = torch.corrcoef(signs.flatten(0, 1).T) - torch.eye(70)
-    assert correlation.abs().max() < 0.2, "components are independent"
-
-
 @pytest.mark.parametrize("width", [5, 8, 70])
 def test_random_signs_are_fair_and_independent(width):
     torch.manual_seed(0)
@@ -173,16 +158,53 @@ def test_random_signs_are_fair_and_independent(width):
     assert correlation.abs().max() < 0.07
 
 
-def test_layers_that_read_one_tensor_share_its_signs_and_no_others_do():
+def test_signs_are_one_forwards_whatever_drew_noise_in_between():
     draws = Draws("token")
-    x = torch.randn(4, 3, 64)
+    like = torch.empty(0)
     with draws.stacked(1):
-        first = draws.flipped(x)
-        assert draws.flipped(x) is first
-        assert not torch.equal(draws.flipped(x.clone()), first)
-        assert not torch.equal(draws.flipped(x), first), "a tensor that comes again later"
+        first = draws.random_signs((4, 3, 64), like)
+        state = torch.get_rng_state()
+        narrow = draws.random_signs((4, 3, 8), like)
+        assert torch.equal(torch.get_rng_state(), state), "checkpointing draws the same noise again"
+        assert draws.random_signs((4, 3, 64), like) is first
+        assert not torch.equal(first[..., :8], narrow)
+        with draws.stacked(1):
+            assert draws.random_signs((4, 3, 64), like) is first, "a context of the same number"
+        with draws.stacked(0), draws.stacked(1):
+            assert not torch.equal(draws.random_signs((4, 3, 64), like), first)
+        assert draws.random_signs((4, 3, 64), like) is first
     with draws.stacked(1):
-        assert not torch.equal(draws.flipped(x), first), "the next forward"
+        assert not torch.equal(draws.random_signs((4, 3, 64), like), first), "the next forward"
+
+
+def test_the_last_input_with_signs_is_made_once_while_it_stays_as_it_is():
+    flips, signs = Flips(), torch.tensor([1.0, -1.0, 1.0])
+    x = torch.ones(2, 3, requires_grad=True) * 2
+    first = flips.of(x, signs)
+    assert torch.equal(first, x * signs) and not first.requires_grad
+    assert flips.of(x.detach(), signs) is first, "the same memory"
+    assert torch.equal(flips.of(x, -signs), -first)
+    assert torch.equal(flips.of(x.detach().add_(1), signs), x * signs), "changed in place"
+    assert torch.equal(flips.of(torch.zeros(2, 3), signs), torch.zeros(2, 3))
+    assert flips.of(x, None) is x
+
+
+def test_noise_of_layers_that_share_signs_is_independent():
+    """Four layers of one input: no correlation of their noise, within a token or between two."""
+    torch.manual_seed(0)
+    draws, weight = Draws("token"), torch.zeros(2, 16)
+    x = torch.randn(1, 2, 16).expand(5000, 2, 16)
+    outputs = []
+    with draws.stacked(5000):
+        for _ in range(4):
+            noise = draws.noise(0, (2, 16), weight)
+            signs = draws.random_signs(x.shape, x), draws.random_signs((5000, 2, 2), x)
+            outputs.append(
+                NoisyProjection.apply(x, weight, torch.ones(2, 16), noise, *signs, draws.flips)
+            )
+    values = torch.stack(outputs, 1).flatten(1)  # (draws, layer x token x r)
+    correlation = torch.corrcoef(values.T) - torch.eye(16)
+    assert correlation.abs().max() < 4.5 / math.sqrt(5000)
 
 
 @pytest.mark.parametrize("flipout", ["token", "example", "none"])
@@ -192,17 +214,13 @@ def test_gradients_of_the_noisy_projection_are_numerically_right(flipout):
     mean = torch.randn(5, 40, dtype=torch.float64, requires_grad=True)
     rho = torch.rand(5, 40, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(2, 5, 40, dtype=torch.float64)
-    bits = signs = None
+    signs = (None, None)
     if flipout != "none":
         rest = 3 if flipout == "token" else 1
-        bits = random_bits((4, rest, 40), x.device)
-        signs = random_signs((4, rest, 5), x)
-
-    def project(x, mean, rho):
-        flipped = None if bits is None else flip_signs(x.detach(), bits)
-        return NoisyProjection.apply(x, mean, rho, noise, flipped, signs)
-
-    assert torch.autograd.gradcheck(project, (x, mean, rho))
+        signs = random_signs((4, rest, 40), x), random_signs((4, rest, 5), x)
+    assert torch.autograd.gradcheck(
+        lambda *values: NoisyProjection.apply(*values, noise, *signs, Flips()), (x, mean, rho)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

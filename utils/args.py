@@ -132,7 +132,10 @@ def first_pass(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         raise UsageError(str(error)) from None
     config: dict[str, Any] = {}
     if known.config is not None:
-        config = read_run_record(Path(known.config), "--config").repeated
+        record = read_run_record(Path(known.config), "--config")
+        config = record.repeated
+        if known.modelwrapper in (None, record.args.get("modelwrapper")):
+            config = {**record.implied, **config}
     method = known.modelwrapper
     if method is None and isinstance(config.get("modelwrapper"), str):
         method = config["modelwrapper"]

@@ -6,8 +6,7 @@ again. Nothing here knows PEFT or which layers these are.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -39,6 +38,7 @@ class Draws:
         n_samples: N; 0 for the posterior mean.
         signs: of the two, the one that is in force.
         in_pairs: whether the draws that are taken now are antithetic.
+        flips: of the forward that is on its way.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class Draws:
         self._seed = 0
         self._total = 0
         self._first = 0
-        self._flipped: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._signs: dict[tuple, Tensor] = {}
+        self._sign_seed = 0
+        self.flips = Flips()
 
     @property
     def is_fixed(self) -> bool:
@@ -67,11 +69,15 @@ class Draws:
         self.n_samples = n_samples
         self.signs = self.flipout if training else self.flipout_eval
         self.in_pairs = self.antithetic and not training
+        signs_before = self._signs, self._sign_seed
+        if n_samples and self.signs != "none" and (n_samples, self.signs) != before[:2]:
+            self._signs, self._sign_seed = {}, int(torch.randint(2**31, ()))
         try:
             yield
         finally:
             self.n_samples, self.signs, self.in_pairs = before
-            self._flipped = None
+            self._signs, self._sign_seed = signs_before
+            self.flips.clear()
             if before[0] == 0:  # the next stack of the same evaluation goes on with the next draws
                 self._first += n_samples
 
@@ -110,10 +116,7 @@ class Draws:
             return self._normal(self.n_samples, shape, like)
         if owner not in self._fixed:
             # Layers ask in the order of the forward: the same everywhere, unlike their ids.
-            generator = None
-            if like.device.type != "meta":  # which has no numbers to seed
-                generator = torch.Generator(like.device)
-                generator.manual_seed(mix_seed("fixed draws", self._seed, len(self._fixed)))
+            generator = _seeded(like.device, mix_seed("fixed draws", self._seed, len(self._fixed)))
             self._fixed[owner] = self._normal(self._total, shape, like, generator)
         first = self._first % self._total
         return self._fixed[owner][first : first + self.n_samples]
@@ -125,37 +128,39 @@ class Draws:
         noise = torch.randn(own, *shape, dtype=like.dtype, device=like.device, generator=generator)
         return _paired(noise, -noise, number) if self.in_pairs else noise
 
-    def flipped(self, x: Tensor) -> Tensor | None:
-        """x (N*B, ..., d) with random signs, or None for x as it is; not for autograd.
-
-        Layers that read one tensor, like the projections of an attention, get the same signs: their
-        noise is independent anyway, and on a CPU flipping costs as much as a product of rank 8.
-        """
-        if self.signs == "none":
-            return None
-        if self._flipped is None or self._flipped[0]() is not x:
-            bits = self._by_row(x.shape, lambda lead: random_bits((*lead, x.shape[-1]), x.device))
-            self._flipped = weakref.ref(x), flip_signs(x.detach(), bits)
-        return self._flipped[1]
-
     def random_signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         """+1 and -1 for a stacked tensor (N*B, ..., d), or None for +1 alone; broadcasts to it.
+
+        A forward's layers get the same ones for the same shape: their Gaussian noise is independent
+        whatever the signs are, and signs of their own would cost more than the noise.
 
         Args:
             like: gives data type and device.
         """
         if self.signs == "none":
             return None
-        return self._by_row(shape, lambda lead: random_signs((*lead, shape[-1]), like))
+        key = shape, like.dtype, like.device
+        if key not in self._signs:
+            lead = shape[:-1] if self.signs == "token" else (shape[0], *[1] * (len(shape) - 2))
+            self._signs[key] = self._by_row((*lead, shape[-1]), like)
+        return self._signs[key]
 
-    def _by_row(self, shape: tuple[int, ...], make: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-        """What `make` gives for the leading sizes that have signs of their own, in pairs or not."""
-        rest = shape[1:-1] if self.signs == "token" else (1,) * (len(shape) - 2)
+    def _by_row(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        # A generator of their own: activation checkpointing runs a block again from the random
+        # state before it, and whether the block was the first to ask for signs must not matter.
+        generator = _seeded(like.device, mix_seed("signs", self._sign_seed, *shape))
         if not self.in_pairs:
-            return make((shape[0], *rest))
+            return random_signs(shape, like, generator)
         rows, pairs = shape[0] // self.n_samples, (self.n_samples + 1) // 2
-        signs = make((pairs * rows, *rest)).unflatten(0, (pairs, rows))
+        signs = random_signs((pairs * rows, *shape[1:]), like, generator)
+        signs = signs.unflatten(0, (pairs, rows))
         return _paired(signs, signs, self.n_samples).flatten(0, 1)  # the same for both of a pair
+
+
+def _seeded(device: torch.device, seed: int) -> torch.Generator | None:
+    if device.type == "meta":  # which has no numbers to seed
+        return None
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _paired(first: Tensor, second: Tensor, number: int) -> Tensor:
@@ -166,12 +171,15 @@ def _paired(first: Tensor, second: Tensor, number: int) -> Tensor:
 # --- random signs ---------------------------------------------------------------------------------
 
 
-def random_signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def random_signs(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """+1 or -1 for each component of a tensor (..., d), by eights from a table."""
     width = shape[-1]
-    patterns = torch.randint(256, (*shape[:-1], -(-width // 8)), device=like.device)
+    lead = (*shape[:-1], -(-width // 8))
+    patterns = torch.randint(256, lead, device=like.device, generator=generator)
     signs = nn.functional.embedding(patterns, _sign_patterns(like.device, like.dtype))
-    return signs.flatten(-2)[..., :width]
+    return signs.flatten(-2)[..., :width].contiguous()
 
 
 @cache
@@ -180,68 +188,60 @@ def _sign_patterns(device: torch.device, dtype: torch.dtype) -> Tensor:
     return (2 * bits - 1).to(dtype)
 
 
-def random_bits(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """A random bit for each component of a tensor (..., d), as int32 words with 32 bits in each.
-
-    For wide tensors: drawing a float for each component would cost many times as much.
-    """
-    words = -(-shape[-1] // 32)
-    return torch.randint(-(2**31), 2**31, (*shape[:-1], words), dtype=torch.int32, device=device)
-
-
-_INTEGERS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
-
-
-def flip_signs(x: Tensor, bits: Tensor) -> Tensor:
-    """x with the sign of each component flipped where its bit is set."""
-    integer = _INTEGERS[x.dtype]
-    mask = (bits.unsqueeze(-1) << _shifts(x.device)).flatten(-2)[..., : x.shape[-1]]
-    if integer != torch.int32:  # an arithmetic shift by 31 spreads the bit over the whole word
-        mask = mask.bitwise_right_shift_(31).to(integer)
-    mask = mask.bitwise_and_(torch.iinfo(integer).min)
-    values = _as_integers(x)
-    flipped = mask.bitwise_xor_(values) if mask.shape == values.shape else mask ^ values
-    return flipped.view(x.dtype)
-
-
-def _as_integers(x: Tensor) -> Tensor:
-    return x.contiguous().view(_INTEGERS[x.dtype])
-
-
-@cache
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(32, dtype=torch.int32, device=device)
-
-
 # --- the noisy layer's product --------------------------------------------------------------------
+
+
+class Flips:
+    """t * x of the last x, for the layers that read one tensor, like an attention's projections.
+
+    On a CPU it costs as much as a product of rank 8; forward and backward each make it once.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple, Tensor, Tensor] | None = None
+
+    def of(self, x: Tensor, signs: Tensor | None) -> Tensor:
+        """x * signs; x itself for None. Not for autograd."""
+        if signs is None:
+            return x
+        # What backward gets is another object with the same memory; `_last` keeps that from being
+        # used for anything else.
+        version = 0 if x.is_inference() else x._version
+        key = x.data_ptr(), version, x.shape, x.stride(), id(signs)
+        if self._last is None or self._last[0] != key:
+            self._last = key, x.detach(), x.detach() * signs
+        return self._last[2]
+
+    def clear(self) -> None:
+        """Let go of the last x."""
+        self._last = None
 
 
 class NoisyProjection(torch.autograd.Function):
     r"""$M x + u \circ ((G^2 \circ E)(t \circ x))$: the mean's projection, and that of each draw.
 
-    One function for all of it: what is flipped is kept once for all layers that read x, both parts
-    of x's gradient are added up in one buffer, and few small operations are left. On a CPU each of
-    those costs as much as a product with a rank of 8.
+    One function for all of it: x is kept once, not with and without signs, both parts of its
+    gradient are added up in one buffer, and few small operations are left. On a CPU each of those
+    costs as much as a product with a rank of 8.
 
     Args of `apply`:
         x: (N*B, ..., in)
         mean: M, (r, in)
         rho: G, (r, in); the standard deviation is its square.
         noise: E, (N, r, in)
-        flipped: t * x, or None where t is 1.
-        signs_out: u, broadcasts to (N*B, ..., r); None where it is 1.
+        signs_in, signs_out: t and u, which broadcast to (N*B, ..., in) and (N*B, ..., r); None
+            where they are 1.
+        flips: makes t * x.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, mean: Tensor, rho: Tensor, noise: Tensor, flipped, signs_out):
+    def forward(
+        ctx, x: Tensor, mean: Tensor, rho: Tensor, noise: Tensor, signs_in, signs_out, flips: Flips
+    ):
+        ctx.flips = flips
         draws = (rho.square() * noise).to(x.dtype)
-        ctx.save_for_backward(x, mean, rho, noise, draws, flipped, signs_out)
-        flipped = _by_draw(x if flipped is None else flipped, draws)
+        ctx.save_for_backward(x, mean, rho, noise, draws, signs_in, signs_out)
+        flipped = _by_draw(flips.of(x, signs_in), draws)
         # one draw, as in training, is a plain product, which is faster than a stack of one
         noisy = flipped[0] @ draws[0].T if len(draws) == 1 else torch.bmm(flipped, draws.mT)
         noisy = noisy.view(*x.shape[:-1], len(mean))
@@ -251,21 +251,20 @@ class NoisyProjection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rho, noise, draws, flipped, signs_out = ctx.saved_tensors
+        x, mean, rho, noise, draws, signs_in, signs_out = ctx.saved_tensors
         flipped_grad = _by_draw(grad if signs_out is None else grad * signs_out, noise)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.bmm(flipped_grad, draws).view(x.shape)
-            if flipped is not None:  # x and t * x differ in just the sign bits that t flips
-                bits = _as_integers(grad_x)
-                bits.bitwise_xor_(_as_integers(x)).bitwise_xor_(_as_integers(flipped))
+            if signs_in is not None:
+                grad_x.mul_(signs_in)
             rows_of(grad_x).addmm_(rows_of(grad), mean)
-        by_draw = torch.bmm(flipped_grad.mT, _by_draw(x if flipped is None else flipped, noise))
-        by_draw = by_draw.mul_(noise)  # (N, r, in)
+        flipped = _by_draw(ctx.flips.of(x, signs_in), noise)
+        by_draw = torch.bmm(flipped_grad.mT, flipped).mul_(noise)  # (N, r, in)
         by_draw = by_draw[0] if len(by_draw) == 1 else by_draw.sum(0)
         grad_rho = by_draw.to(rho.dtype).mul_(rho).mul_(2)
         grad_mean = rows_of(grad).T @ rows_of(x)
-        return grad_x, grad_mean, grad_rho, None, None, None
+        return grad_x, grad_mean, grad_rho, None, None, None, None
 
 
 def _by_draw(values: Tensor, draws: Tensor) -> Tensor:

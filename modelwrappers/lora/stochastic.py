@@ -83,10 +83,10 @@ class GaussianLora(LoraVariant):
         if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        flipped = draws.flipped(x)
+        signs_in = draws.random_signs(x.shape, x)
         signs_out = draws.random_signs((*x.shape[:-1], len(weight)), x)
         rho = getattr(module, RHO)[adapter]
-        return NoisyProjection.apply(x, weight, rho, noise, flipped, signs_out)
+        return NoisyProjection.apply(x, weight, rho, noise, signs_in, signs_out, draws.flips)
 
     def _check_rows(self, x: Tensor) -> None:
         if self.draws.n_samples and x.shape[0] % self.draws.n_samples:
