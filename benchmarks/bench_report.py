@@ -45,7 +45,7 @@ def make_run(folder: Path, method: str, seed: int, shape: tuple[int, int, int]) 
         }
         metadata = {"dataset": name, "split": "val", "seed": str(seed), "modelwrapper": method}
         write_tensors(folder / f"{stem}.safetensors", tensors, metadata)
-        blocks[name] = {"split": "val"}
+        blocks[name] = {"split": "val", **score(tensors["log_probs"], labels)._asdict()}
     args = {"dataset": "bbc_headlines", "modelwrapper": method, "seed": seed}
     write_json(folder / "args.json", {"args": args, "given": args, "run": {}})
     content = {"modelwrapper": method, "model": "none", "seed": seed, "datasets": blocks}
