@@ -86,11 +86,11 @@ def jackknifed_information(
 ) -> Values:
     r"""Mutual information without its first-order bias in the number of draws, nats.
 
-    $G I - \sum_g (1 - m_g / N) I_{-g}$ (Quenouille 1956; for units of unequal size Busing, Meijer and
-    Van der Leeden 1999), with I the mutual information of all N draws and $I_{-g}$ the one without
-    the $m_g$ draws of unit g. The G units must be independent: single draws, or pairs (E, -E) of
-    antithetic ones, where an odd last draw is a unit of its own. What is left of the bias is
-    O(1/G^2). The price is variance over draws, of which the jackknife's own estimate,
+    $G I - \sum_g (1 - m_g / N) I_{-g}$ (Quenouille 1956; for units of unequal size Busing, Meijer
+    and Van der Leeden 1999), with I the mutual information of all N draws and $I_{-g}$ the one
+    without the $m_g$ draws of unit g. The G units must be independent: single draws, or pairs
+    (E, -E) of antithetic ones, where an odd last draw is a unit of its own. What is left of the
+    bias is O(1/G^2). The price is variance over draws, of which the jackknife's own estimate,
     $\frac{G-1}{G} \sum_g (I_{-g} - \bar I_{-g})^2$, is too large on average (Efron and Stein 1981).
     Entropy is concave, so but for rounding it is never below I. If the draws decide when they are
     enough, it stays too low: where the first agree, few follow.
