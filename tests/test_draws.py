@@ -81,17 +81,6 @@ def test_a_stored_run_of_before_has_one_spelling_of_tfbs_signs(tmp_path):
     assert main.parse_args(["--config", str(file)]).flipout_eval == "none"
 
 
-@pytest.mark.parametrize("method", ["blob", "map"])
-def test_a_run_record_without_the_flag_keeps_its_signs_at_prediction(tmp_path, method):
-    """Older args.json: --flipout was for training and prediction."""
-    file = tmp_path / "args.json"
-    given = {"modelwrapper": "blob", "dataset_type": "mcdataset", "dataset": "bbc_headlines"}
-    given["model"] = "smollm2-135m"
-    file.write_text(json.dumps({"args": {**given, "flipout": "token"}, "given": given}))
-    args = main.parse_args(["--config", str(file), "--modelwrapper", method])
-    assert getattr(args, "flipout_eval", None) == ("token" if method == "blob" else None)
-
-
 METHOD = """
 from modelwrappers.lora.draws import Draws
 from modelwrappers.lora.stochastic import GaussianPosterior, attach_posterior

@@ -132,10 +132,7 @@ def first_pass(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
         raise UsageError(str(error)) from None
     config: dict[str, Any] = {}
     if known.config is not None:
-        record = read_run_record(Path(known.config), "--config")
-        config = record.repeated
-        if known.modelwrapper in (None, record.args.get("modelwrapper")):
-            config = {**record.implied, **config}
+        config = read_run_record(Path(known.config), "--config").repeated
     method = known.modelwrapper
     if method is None and isinstance(config.get("modelwrapper"), str):
         method = config["modelwrapper"]

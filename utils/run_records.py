@@ -72,16 +72,6 @@ class RunRecord(Record):
         """The flags that `--config` passes again: those that were given, or else all."""
         return self.given if "given" in self.model_fields_set else self.args
 
-    @property
-    def implied(self) -> dict[str, Any]:
-        """Flags that came later, as the run had them: signs at prediction were those of training.
-
-        They are its method's: another method may not know them.
-        """
-        if "flipout" in self.args and "flipout_eval" not in self.args:
-            return {"flipout_eval": self.args["flipout"]}
-        return {}
-
 
 class Scaled(Record):
     """What the temperature that was fitted on held-out rows makes of a data set's metrics."""

@@ -6,6 +6,7 @@ again. Nothing here knows PEFT or which layers these are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -38,7 +39,7 @@ class Draws:
         n_samples: N; 0 for the posterior mean.
         signs: of the two, the one that is in force.
         in_pairs: whether the draws that are taken now are antithetic.
-        flips: of the forward that is on its way.
+        num_layers: how many layers have signs of their own.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Draws:
         self._first = 0
         self._signs: dict[tuple, Tensor] = {}
         self._sign_seed = 0
-        self.flips = Flips()
+        self.num_layers = 1
 
     @property
     def is_fixed(self) -> bool:
@@ -70,14 +71,14 @@ class Draws:
         self.signs = self.flipout if training else self.flipout_eval
         self.in_pairs = self.antithetic and not training
         signs_before = self._signs, self._sign_seed
-        if n_samples and self.signs != "none" and (n_samples, self.signs) != before[:2]:
+        now = self.n_samples, self.signs, self.in_pairs
+        if n_samples and self.signs != "none" and now != before:
             self._signs, self._sign_seed = {}, int(torch.randint(2**31, ()))
         try:
             yield
         finally:
             self.n_samples, self.signs, self.in_pairs = before
             self._signs, self._sign_seed = signs_before
-            self.flips.clear()
             if before[0] == 0:  # the next stack of the same evaluation goes on with the next draws
                 self._first += n_samples
 
@@ -128,33 +129,40 @@ class Draws:
         noise = torch.randn(own, *shape, dtype=like.dtype, device=like.device, generator=generator)
         return _paired(noise, -noise, number) if self.in_pairs else noise
 
-    def random_signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    def random_signs(
+        self, place: int, side: str, shape: tuple[int, ...], like: Tensor
+    ) -> Tensor | None:
         """+1 and -1 for a stacked tensor (N*B, ..., d), or None for +1 alone; broadcasts to it.
 
-        A forward's layers get the same ones for the same shape: their Gaussian noise is independent
-        whatever the signs are, and signs of their own would cost more than the noise.
+        They are drawn once in a context of `stacked` for all layers, which is what makes them
+        cheap. Each layer starts a row further down than the one before: so no two layers give a row
+        the same signs, and a layer's noise does not tell that of the next one.
 
         Args:
+            place: of the layer, 0 to num_layers - 1.
+            side: "in" or "out", which have nothing to do with each other.
             like: gives data type and device.
         """
         if self.signs == "none":
             return None
-        key = shape, like.dtype, like.device
-        if key not in self._signs:
-            lead = shape[:-1] if self.signs == "token" else (shape[0], *[1] * (len(shape) - 2))
-            self._signs[key] = self._by_row((*lead, shape[-1]), like)
-        return self._signs[key]
-
-    def _by_row(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        # A generator of their own: activation checkpointing runs a block again from the random
-        # state before it, and whether the block was the first to ask for signs must not matter.
-        generator = _seeded(like.device, mix_seed("signs", self._sign_seed, *shape))
+        lead = shape[:-1] if self.signs == "token" else (shape[0], *[1] * (len(shape) - 2))
         if not self.in_pairs:
-            return random_signs(shape, like, generator)
+            return self._rows(place, side, (*lead, shape[-1]), like)
         rows, pairs = shape[0] // self.n_samples, (self.n_samples + 1) // 2
-        signs = random_signs((pairs * rows, *shape[1:]), like, generator)
+        signs = self._rows(place, side, (pairs * rows, *lead[1:], shape[-1]), like)
         signs = signs.unflatten(0, (pairs, rows))
         return _paired(signs, signs, self.n_samples).flatten(0, 1)  # the same for both of a pair
+
+    def _rows(self, place: int, side: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        rows = math.prod(shape[:-1])
+        key = side, rows, shape[-1], like.dtype, like.device, torch.is_inference_mode_enabled()
+        if key not in self._signs:
+            # A generator of their own: activation checkpointing runs a block again from the random
+            # state before it, and whether the block was the first to ask must not matter.
+            seed = mix_seed(f"signs {side}", self._sign_seed, rows, shape[-1])
+            size = rows + self.num_layers - 1, shape[-1]
+            self._signs[key] = random_signs(size, like, _seeded(like.device, seed))
+        return self._signs[key][place : place + rows].view(shape)
 
 
 def _seeded(device: torch.device, seed: int) -> torch.Generator | None:
@@ -191,32 +199,6 @@ def _sign_patterns(device: torch.device, dtype: torch.dtype) -> Tensor:
 # --- the noisy layer's product --------------------------------------------------------------------
 
 
-class Flips:
-    """t * x of the last x, for the layers that read one tensor, like an attention's projections.
-
-    On a CPU it costs as much as a product of rank 8; forward and backward each make it once.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[tuple, Tensor, Tensor] | None = None
-
-    def of(self, x: Tensor, signs: Tensor | None) -> Tensor:
-        """x * signs; x itself for None. Not for autograd."""
-        if signs is None:
-            return x
-        # What backward gets is another object with the same memory; `_last` keeps that from being
-        # used for anything else.
-        version = 0 if x.is_inference() else x._version
-        key = x.data_ptr(), version, x.shape, x.stride(), id(signs)
-        if self._last is None or self._last[0] != key:
-            self._last = key, x.detach(), x.detach() * signs
-        return self._last[2]
-
-    def clear(self) -> None:
-        """Let go of the last x."""
-        self._last = None
-
-
 class NoisyProjection(torch.autograd.Function):
     r"""$M x + u \circ ((G^2 \circ E)(t \circ x))$: the mean's projection, and that of each draw.
 
@@ -231,17 +213,13 @@ class NoisyProjection(torch.autograd.Function):
         noise: E, (N, r, in)
         signs_in, signs_out: t and u, which broadcast to (N*B, ..., in) and (N*B, ..., r); None
             where they are 1.
-        flips: makes t * x.
     """
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, mean: Tensor, rho: Tensor, noise: Tensor, signs_in, signs_out, flips: Flips
-    ):
-        ctx.flips = flips
+    def forward(ctx, x: Tensor, mean: Tensor, rho: Tensor, noise: Tensor, signs_in, signs_out):
         draws = (rho.square() * noise).to(x.dtype)
         ctx.save_for_backward(x, mean, rho, noise, draws, signs_in, signs_out)
-        flipped = _by_draw(flips.of(x, signs_in), draws)
+        flipped = _by_draw(x if signs_in is None else x * signs_in, draws)
         # one draw, as in training, is a plain product, which is faster than a stack of one
         noisy = flipped[0] @ draws[0].T if len(draws) == 1 else torch.bmm(flipped, draws.mT)
         noisy = noisy.view(*x.shape[:-1], len(mean))
@@ -259,12 +237,12 @@ class NoisyProjection(torch.autograd.Function):
             if signs_in is not None:
                 grad_x.mul_(signs_in)
             rows_of(grad_x).addmm_(rows_of(grad), mean)
-        flipped = _by_draw(ctx.flips.of(x, signs_in), noise)
+        flipped = _by_draw(x if signs_in is None else x * signs_in, noise)
         by_draw = torch.bmm(flipped_grad.mT, flipped).mul_(noise)  # (N, r, in)
         by_draw = by_draw[0] if len(by_draw) == 1 else by_draw.sum(0)
         grad_rho = by_draw.to(rho.dtype).mul_(rho).mul_(2)
         grad_mean = rows_of(grad).T @ rows_of(x)
-        return grad_x, grad_mean, grad_rho, None, None, None, None
+        return grad_x, grad_mean, grad_rho, None, None, None
 
 
 def _by_draw(values: Tensor, draws: Tensor) -> Tensor:

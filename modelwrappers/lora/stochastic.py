@@ -47,8 +47,10 @@ class GaussianLora(LoraVariant):
     terms. PEFT calls the methods on the instance that `lora_variant[adapter]` holds.
     """
 
-    def __init__(self, draws: Draws) -> None:
+    def __init__(self, draws: Draws, place: int) -> None:
+        """Args: the draws of all layers, and which of these this one is."""
         self.draws = draws
+        self.place = place
 
     def forward(
         self, module, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs
@@ -83,10 +85,10 @@ class GaussianLora(LoraVariant):
         if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        signs_in = draws.random_signs(x.shape, x)
-        signs_out = draws.random_signs((*x.shape[:-1], len(weight)), x)
+        signs_in = draws.random_signs(self.place, "in", x.shape, x)
+        signs_out = draws.random_signs(self.place, "out", (*x.shape[:-1], len(weight)), x)
         rho = getattr(module, RHO)[adapter]
-        return NoisyProjection.apply(x, weight, rho, noise, signs_in, signs_out, draws.flips)
+        return NoisyProjection.apply(x, weight, rho, noise, signs_in, signs_out)
 
     def _check_rows(self, x: Tensor) -> None:
         if self.draws.n_samples and x.shape[0] % self.draws.n_samples:
@@ -113,7 +115,7 @@ class GaussianLora(LoraVariant):
             rows = torch.arange(draws.n_samples, device=ids.device)[:, None]
             noisy = (std * noise)[rows, position].view(hidden.shape)
             # The input's sign and the output's are one sign per component here.
-            signs = draws.random_signs(hidden.shape, hidden)
+            signs = draws.random_signs(self.place, "out", hidden.shape, hidden)
             hidden = hidden + (noisy if signs is None else noisy * signs)
         delta = hidden @ module.lora_embedding_B[adapter].T
         scale = module._get_embed_scale()
@@ -303,14 +305,15 @@ def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -
                 f"the layer {name} already is a {type(module.lora_variant[adapter]).__name__}; a "
                 "Gaussian posterior goes on plain LoRA only."
             )
-    for _, module in layers:
+    draws.num_layers = max(1, len(layers))
+    for place, (_, module) in enumerate(layers):
         if not hasattr(module, RHO):
             setattr(module, RHO, nn.ParameterDict())
             module.adapter_layer_names = (*module.adapter_layer_names, RHO)
         mean = posterior_mean(module, adapter)
         rho = torch.empty_like(mean).uniform_(eps / math.sqrt(2), eps)
         getattr(module, RHO)[adapter] = nn.Parameter(rho, requires_grad=mean.requires_grad)
-        module.lora_variant[adapter] = GaussianLora(draws)
+        module.lora_variant[adapter] = GaussianLora(draws, place)
 
 
 def posterior_mean(module: LoraLayer, adapter: str) -> nn.Parameter:
