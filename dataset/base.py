@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from utils.errors import UsageError, described, quoted
 from utils.logging import logger
 from utils.registry import users_code
 from utils.seeding import mix_seed
+
+if TYPE_CHECKING:
+    from dataset.reading import RowReader
 
 Example = dict[str, Any]
 
@@ -176,16 +179,17 @@ class DatasetBase(ABC):
         accelerator,
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str | None = None,
+        task: Task | None = None,
     ) -> None:
         self.args = args
         self.accelerator = accelerator
         self.is_shifted = is_shifted = name is not None
         name = args.dataset if name is None else name
-        self.task = self.find_task(name)
+        self.task = self.find_task(name) if task is None else task
         for flag, published in PUBLISHED_FLAGS.items():
             if getattr(args, flag) == published:
                 self.task = dataclasses.replace(self.task, **self.task.published.get(flag, {}))
-        if not is_shifted:
+        if not is_shifted and task is None:
             self.check_shifted(args)
         source = args.ood_ori_dataset or (args.dataset if is_shifted else None)
         if source is not None and (self.target_ids_are_tokens or not is_shifted):
@@ -261,6 +265,30 @@ class DatasetBase(ABC):
     def shots(self) -> Shots:
         """The solved examples before each prompt; a classifier's rows have none."""
         return NO_SHOTS
+
+    def take_shots(self, text: str) -> None:
+        """Let these solved examples, of a saved posterior, stand before each prompt.
+
+        Raises:
+            UsageError: there are some, but a classifier's rows have none.
+        """
+        if text:
+            raise UsageError("a classifier's rows have no solved examples before them.")
+
+    def answer_as(self, choices: Sequence[str]) -> None:
+        """Take the answers of a saved posterior, which may be more than ours.
+
+        Raises:
+            UsageError: they are others.
+        """
+        own = self.task.choices
+        if tuple(choices[: len(own)]) != own:
+            raise UsageError(
+                f"the posterior answers {quoted(', '.join(choices))}, but the data set "
+                f"{quoted(self.task.name)} has {quoted(', '.join(own))}; name the one that it was "
+                "trained on (--dataset, or load_posterior's dataset)."
+            )
+        self.task = dataclasses.replace(self.task, choices=tuple(choices))
 
     def shown_example(self) -> dict[str, Any] | None:
         """What a row looks like to the model: the tokenizer's source, a text, its tokens.
@@ -402,6 +430,12 @@ class DatasetBase(ABC):
     @cached_property
     def held_out_dataloader(self) -> DataLoader:
         return self._eval_loader(self.held_out_rows)
+
+    def reader(self) -> RowReader:
+        """How rows without labels become tokens, for `WrapperBase.answer`."""
+        from dataset.reading import RowReader  # which builds data sets
+
+        return RowReader(self)
 
     def get_loaders(self) -> None:
         """Build both loaders now; else they are built when first used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -31,8 +32,8 @@ class MultipleChoice(DatasetBase):
     padding_side = "left"
     target_ids_are_tokens = True
 
-    def __init__(self, args, accelerator, tokenizer=None, name=None) -> None:
-        super().__init__(args, accelerator, tokenizer, name)
+    def __init__(self, args, accelerator, tokenizer=None, name=None, task=None) -> None:
+        super().__init__(args, accelerator, tokenizer, name, task)
         self._target_ids = torch.tensor(self._answer_tokens())
 
     @property
@@ -100,14 +101,23 @@ class MultipleChoice(DatasetBase):
             chosen = in_turns(range(len(rows)), subjects)[:number]
         solved = BOUNDARY.join(self._solved(*rows[i]) for i in chosen)
         check_length(solved + BOUNDARY)
+        return self._as_shots(solved, splits[key], frozenset(chosen))
+
+    def _as_shots(self, solved: str, split: str, rows: frozenset[int]) -> Shots:
         # the last example's last token may depend on whether anything follows
         followed = self.tokenizer(f"{solved}{BOUNDARY}A").input_ids
-        return Shots(
-            text=solved + BOUNDARY,
-            tokens=common_beginning(self.tokenizer(solved).input_ids, followed),
-            split=splits[key],
-            rows=frozenset(chosen),
-        )
+        tokens = common_beginning(self.tokenizer(solved).input_ids, followed)
+        return Shots(text=solved + BOUNDARY, tokens=tokens, split=split, rows=rows)
+
+    def take_shots(self, text: str) -> None:
+        """See `DatasetBase`; the rows that the examples were made of are not looked for."""
+        solved = text.removesuffix(BOUNDARY)
+        self.shots = self._as_shots(solved, "", frozenset()) if solved else NO_SHOTS
+
+    def answer_as(self, choices: Sequence[str]) -> None:
+        """See `DatasetBase`; the answers' tokens follow."""
+        super().answer_as(choices)
+        self._target_ids = torch.tensor(self._answer_tokens())
 
     def _solved(self, where: str, row: Row) -> str:
         """A row's prompt and its answer."""

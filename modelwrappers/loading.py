@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from modelwrappers import WRAPPERS, get_wrapper
 from modelwrappers.engine.adapter_config import CONFIG_FILE
 from modelwrappers.engine.posterior import (
     BASE_MODEL_FLAGS,
+    EVALUATION_FLAGS,
     RECORD_FILE,
     PosteriorRecord,
     Saved,
@@ -91,6 +93,8 @@ def load_posterior(
     model: str | None = None,
     device: str = "auto",
     modelwrapper: str | None = None,
+    dataset: str | None = None,
+    **settings,
 ) -> WrapperBase:
     """The posterior that a run or `push_to_hub` left, ready to predict.
 
@@ -103,10 +107,14 @@ def load_posterior(
         device: "auto", "cpu" or "cuda".
         modelwrapper: for a posterior of a method of your own, its "path/to/file.py:CLASS"; or
             another method, which then takes the adapter that the posterior is over.
+        dataset: whose rows `answer` reads, where they are not those of the data set that the
+            posterior was trained on: a name, or for a task of your own its "path/to/file.py:NAME".
+        settings: flags of draws and evaluation by their names, instead of the run's own:
+            `bayes_eval_n_samples_final=50`, `eval_batch_size=64`, `seed_sampling=2`.
     Returns:
-        the wrapper of the method that made it, in evaluation mode: `predict(loader)`,
-        `evaluate(loader)`, `forward_logits(batch, n_samples=N)`. A temperature that the run has
-        fitted is `temperature`, and `predict` and `evaluate` apply it.
+        the wrapper of the method that made it, in evaluation mode: `answer(rows)`,
+        `predict(loader)`, `evaluate(loader)`, `forward_logits(batch, n_samples=N)`. A temperature
+        that the run has fitted is `temperature`, and the first three apply it.
     Raises:
         UsageError: no adapter or no bayes_config.json there, one that breaks a rule, an unknown
             method, or one that only the file names.
@@ -130,6 +138,7 @@ def load_posterior(
         )
     method = modelwrapper or record.modelwrapper
     called = {"modelwrapper": method, "load_lora_path": str(folder), "device": device}
+    called |= _checked_settings(settings)
     if model is not None:
         called |= {"model": str(model), "load_model_path": None}
     args = settings_of(get_wrapper(method), called, _settings(record, get_wrapper(method)), where)
@@ -138,6 +147,7 @@ def load_posterior(
     _take_answers(wrapper, record, where)
     wrapper.results = {name: scores.model_dump() for name, scores in record.metrics.items()}
     wrapper.prompt = record.prompt
+    wrapper.read_rows_by(partial(_reader, wrapper, record, dataset, where))
     wrapper.temperature = wrapper.fitted_temperature
     if wrapper.temperature is not None:
         logger.info("Predictions are scaled by the fitted temperature %.4f.", wrapper.temperature)
@@ -154,7 +164,53 @@ def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict
     if not _is_by(record, wrapper_class):  # only the adapter is taken
         return settings
     own = wrapper_class.recorded_flags(record.flags)
-    return settings | own | {"bayes_eval_n_samples_final": record.n_draws}
+    evaluation = record.evaluation.model_dump() if record.evaluation is not None else {}
+    return settings | evaluation | own | {"bayes_eval_n_samples_final": record.n_draws}
+
+
+SETTINGS = ("bayes_eval_n_samples_final", "prefix_cache", *EVALUATION_FLAGS)
+
+
+def _checked_settings(settings: dict[str, object]) -> dict[str, object]:
+    """What a caller may say of draws and evaluation.
+
+    Raises:
+        UsageError: another flag, which the posterior's record decides.
+    """
+    for name in settings:
+        if name not in SETTINGS:
+            raise UsageError(
+                f"load_posterior takes no {quoted(name)}: its settings are {', '.join(SETTINGS)}; "
+                "all else stands in the posterior's record."
+            )
+    return settings
+
+
+def _reader(wrapper: WrapperBase, record: PosteriorRecord, dataset: str | None, where: str):
+    """How rows of the posterior's task become tokens: `dataset.reading.RowReader`."""
+    from dataset.reading import reader_of
+
+    if dataset is None and names_code(record.dataset):
+        raise UsageError(
+            f"{where} names the data set {quoted(record.dataset)}, a file, and code is not taken "
+            "from a hub repo or a folder on a file's word. Look at that file, then pass "
+            'dataset="path/to/file.py:NAME".'
+        )
+    reader = reader_of(
+        wrapper.args.replaced(dataset=dataset or record.dataset),
+        wrapper.accelerator,
+        record.choices,
+        shots=record.prompt.shots if record.prompt is not None else "",
+        example_tokens=record.prompt.input_ids if record.prompt is not None else (),
+    )
+    own = wrapper.target_ids
+    if own is not None and reader.target_ids.tolist() != own.tolist():
+        raise UsageError(
+            f"{where}: the answers' tokens are {quoted(own.tolist())}, but the tokenizer of "
+            f"{quoted(wrapper.args.model)} gives {quoted(reader.target_ids.tolist())}: it is not "
+            "the one that the posterior was trained with."
+        )
+    return reader
 
 
 def _take_answers(wrapper: WrapperBase, record: PosteriorRecord, where: str) -> None:

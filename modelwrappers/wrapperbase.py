@@ -9,7 +9,7 @@ is kept of them (`results`), folder and hub (`posterior`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from modelwrappers.engine import posterior, prediction, results, training
+from modelwrappers.engine import answers, posterior, prediction, results, training
 from modelwrappers.engine.adaptive import FIRST_STAGE, Settling
+from modelwrappers.engine.answers import Reader
 from modelwrappers.engine.logits import ClassLogits
 from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.engine.prediction import Batch, Predictions
@@ -103,6 +104,8 @@ class WrapperBase(ClassLogits, PeftModel):
         self.prompt: posterior.Prompt | None = None  # what a row looks like
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
+        self._make_reader: Callable[[], Reader] | None = None  # of the task's rows
+        self._reader: Reader | None = None
         # of `prepare_for_fit_evaluate`
         self.dataset = self.train_loader = self.eval_loader = self.held_out_loader = None
         self.shifted: dict[str, tuple[Any, Iterable[Batch]]] = {}  # name -> data set and loader
@@ -333,6 +336,8 @@ class WrapperBase(ClassLogits, PeftModel):
             self.target_ids = dataset.target_ids.to(self.accelerator.device)
         if hasattr(dataset, "task"):
             self.answers = list(dataset.task.choices)
+        if hasattr(dataset, "reader"):
+            self.read_rows_by(dataset.reader)
         if (example := getattr(dataset, "shown_example", lambda: None)()) is not None:
             self.prompt = posterior.Prompt(**example)
         if not self.is_causal and getattr(dataset, "pad_token_id", None) is not None:
@@ -430,6 +435,44 @@ class WrapperBase(ClassLogits, PeftModel):
             return prediction.predict(self, eval_loader, n_samples)
         settling = Settling.of(self.args) if self.args.draws_adaptive else None
         return prediction.predict(self, eval_loader, self.final_draws(), settling)
+
+    def read_rows_by(self, make_reader: Callable[[], Reader]) -> None:
+        """Say how rows become tokens, for `answer`; the reader is made when it is first needed."""
+        self._make_reader, self._reader = make_reader, None
+
+    @property
+    def reader(self) -> Reader:
+        """How rows of the posterior's task become tokens.
+
+        Raises:
+            RunError: nobody has said it.
+        """
+        if self._reader is None:
+            if self._make_reader is None:
+                raise RunError(
+                    "nobody has said how rows become tokens; load the posterior by load_posterior, "
+                    "or call prepare_for_fit_evaluate with a data set of this project."
+                )
+            self._reader = self._make_reader()
+        return self._reader
+
+    def answer(
+        self, rows: Iterable[dict[str, Any] | str], n_samples: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The posterior's answers to rows of its task, which need no labels.
+
+        Args:
+            rows: dicts with the task's columns; texts, where its prompt reads one column.
+            n_samples: N; 0 for the posterior mean, None for the posterior's own number.
+        Returns:
+            a dict per row: `answer`, `probabilities` (of each answer, the mean over draws),
+            `entropy`, `expected_entropy`, `mutual_information` (nats), `num_draws`, and `label` if
+            the row has one. A fitted temperature is applied.
+        Raises:
+            UsageError: a row cannot be read; its position is named.
+            RunError: nobody has said how rows become tokens.
+        """
+        return answers.answer(self, rows, n_samples)
 
     def evaluate(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Metrics:
         """Metrics of the posterior predictive over all rows; keeps the draws in `predictions`."""

@@ -64,6 +64,12 @@ class Args(argparse.Namespace):
             )
         super().__setattr__(name, value)
 
+    def replaced(self, **changes: Any) -> Args:
+        """A read-only copy in which some flags have other values."""
+        return Args(
+            **{key: v for key, v in vars(self).items() if key != "_frozen"} | changes
+        ).freeze()
+
     def as_dict(self) -> dict[str, Any]:
         """Every flag with the value that the run uses. `given` has only those that were passed."""
         hidden = {"given", "called", "_frozen"}

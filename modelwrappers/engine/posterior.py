@@ -48,6 +48,15 @@ FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another nu
 
 # What the posterior was trained on; a posterior is one over the adapter of exactly that model.
 BASE_MODEL_FLAGS = ("model", "model_type", "load_model_path", "quantization", "dtype")
+# How the run's evaluation drew, so that the posterior's predictions are those that were measured.
+EVALUATION_FLAGS = (
+    "seed_sampling",
+    "eval_batch_size",
+    "bayes_inference_notsample",
+    "draws_adaptive",
+    "draws_tolerance",
+    "draws_error_rate",
+)
 # How a row of the posterior's task becomes tokens.
 ROW_FLAGS = (
     "max_seq_len",
@@ -85,6 +94,21 @@ class Rows(Record):
     num_shots: Annotated[int, Field(ge=0, le=100)] = 0
 
 
+class Evaluation(Record):
+    """How the run's evaluation drew (flags of the same names).
+
+    Draws that are fresh depend on the seed and on which rows are one batch; with both, predictions
+    of the same rows are those of the run.
+    """
+
+    seed_sampling: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    eval_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    bayes_inference_notsample: bool = False
+    draws_adaptive: bool = False
+    draws_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    draws_error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+
+
 class Prompt(Record):
     """What a row looks like to the model: the task's example, as text and as tokens.
 
@@ -116,6 +140,7 @@ class PosteriorRecord(Record):
         rows: how a row becomes tokens.
         prompt: the tokenizer, and an example of a row in text and tokens.
         n_draws: N of the final evaluation.
+        evaluation: how it drew; None in records of before that was kept.
         temperature: what held-out rows have the logits divided by, if one was fitted.
         metrics: data set -> what the run measured.
         flags: the method's own flags that it needs again, each under its flag's rules.
@@ -142,6 +167,7 @@ class PosteriorRecord(Record):
     rows: Rows = Rows()
     prompt: Prompt | None = None
     n_draws: Annotated[int, Field(ge=1, le=100_000)]
+    evaluation: Evaluation | None = None
     temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
     metrics: dict[Name, Scores] = Field(default_factory=dict)
     flags: dict[Name, Any] = Field(default_factory=dict)
@@ -300,6 +326,7 @@ def describe(wrapper: WrapperBase, tensors: Mapping[str, Tensor]) -> PosteriorRe
         rows=Rows(**{name: getattr(args, name) for name in ROW_FLAGS}),
         prompt=wrapper.prompt,
         n_draws=max(1, wrapper.final_draws()),
+        evaluation=Evaluation(**{name: getattr(args, name) for name in EVALUATION_FLAGS}),
         temperature=wrapper.fitted_temperature,
         metrics={name: Scores.model_validate(block) for name, block in wrapper.results.items()},
         flags={name: getattr(args, name) for name in wrapper.posterior_flags},
