@@ -301,7 +301,7 @@ class DatasetBase(ABC):
         tokens: list[int] = []
         if row:
             with suppress(UsageError):  # too long for --max-seq-len, say
-                tokens = self._encoded(row, "example")[0]["input_ids"]
+                tokens = self.encoded(row, "example")[0]["input_ids"]
                 parts = self.task.prompt(row)
                 text = [shots + "".join(parts)] if isinstance(parts, Prompt) else list(parts)
         if not (tokens or shots):
@@ -416,20 +416,20 @@ class DatasetBase(ABC):
 
     @cached_property
     def test_dataloader(self) -> DataLoader:
-        return self._eval_loader(self.test_rows)
+        return self.eval_loader(self.test_rows)
 
     @cached_property
     def anchor_dataloader(self) -> DataLoader:
-        return self._eval_loader(self.anchor_rows)
+        return self.eval_loader(self.anchor_rows)
 
     @cached_property
     def train_eval_dataloader(self) -> DataLoader:
         """The training rows once, as an evaluation sees them: for curvature."""
-        return self._eval_loader(self.train_rows)
+        return self.eval_loader(self.train_rows)
 
     @cached_property
     def held_out_dataloader(self) -> DataLoader:
-        return self._eval_loader(self.held_out_rows)
+        return self.eval_loader(self.held_out_rows)
 
     def reader(self) -> RowReader:
         """How rows without labels become tokens, for `WrapperBase.answer`."""
@@ -477,7 +477,7 @@ class DatasetBase(ABC):
         for index, (where, row) in enumerate(self.rows_of(split, limit)):
             if index in left_out:
                 continue
-            example, cut = self._encoded(row, where)
+            example, cut = self.encoded(row, where)
             label = self.label_of(row, where)
             examples.append(example | {"labels": label, "index": index})
             num_cut += cut
@@ -498,7 +498,12 @@ class DatasetBase(ABC):
             )
         return examples
 
-    def _encoded(self, row: Row, where: str) -> tuple[Example, bool]:
+    def encoded(self, row: Row, where: str) -> tuple[Example, bool]:
+        """`encode`, with `where` in front of whatever is wrong with the row.
+
+        Raises:
+            UsageError: the row cannot be read.
+        """
         with users_code(lambda: self.cannot_read(row, where)):
             example, cut = self.encode(row)
         self._check_tokens(example, where)
@@ -588,7 +593,8 @@ class DatasetBase(ABC):
         padding = [fill] * (width - len(tokens))
         return padding + tokens if self.padding_side == "left" else tokens + padding
 
-    def _eval_loader(self, examples: list[Example]) -> DataLoader:
+    def eval_loader(self, examples: list[Example]) -> Batches:
+        """This process's batches of examples, the longest first; see `EvalBatches`."""
         batches = EvalBatches(
             [len(example["input_ids"]) for example in examples],
             self.args.eval_batch_size,

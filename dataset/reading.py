@@ -34,7 +34,7 @@ class RowReader:
     def __init__(self, dataset: DatasetBase) -> None:
         self._dataset = dataset
         self.target_ids: Tensor | None = dataset.target_ids
-        self.loader = dataset._eval_loader
+        self.loader = dataset.eval_loader
         columns = _columns_read(dataset.task)
         self.text_column = columns[0] if len(columns) == 1 else None
         example = dataset.task.example or {}
@@ -52,7 +52,7 @@ class RowReader:
         watched = _Watched(self._as_row(row, where))
         dataset = self._dataset
         try:
-            example = dataset._encoded(watched, where)[0]
+            example = dataset.encoded(watched, where)[0]
         except UsageError:
             self._check_columns(watched, where)
             raise
@@ -72,9 +72,11 @@ class RowReader:
         if not isinstance(row, str):
             raise UsageError(f"{where}: a row is {quoted(row)}; it must be a dict of its columns.")
         if self.text_column is None:
+            task = self._dataset.task
             raise UsageError(
-                f"{where}: the row is text, but {self._dataset.task.name} reads several columns "
-                f"({', '.join(self._dataset.task.columns)}); give it as an object of its columns."
+                f"{where}: the row is text, but {task.name} reads several columns, or its record "
+                f"has no example that tells ({', '.join(task.columns)}); give it as an object of "
+                "its columns."
             )
         return {self.text_column: row}
 

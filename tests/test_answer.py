@@ -108,7 +108,7 @@ def test_a_task_in_a_file_is_read_on_the_callers_word_only(classifier_flags, tmp
         load_posterior(folder, device="cpu").answer(rows)
     posterior = load_posterior(folder, device="cpu", dataset=task)
     assert len(posterior.answer(rows)) == 3
-    with pytest.raises(UsageError, match="DESK|desk.*several columns|row is text"):
+    with pytest.raises(UsageError, match="desk reads several columns"):
         posterior.answer(["no example says which column it is"])
 
 
@@ -133,9 +133,9 @@ def test_a_row_that_cannot_be_read_is_named(rows, message, classifier_flags):
 def test_another_tasks_answers_are_refused(causal_flags):
     folder = trained(causal_flags, "--modelwrapper", "map", "--max-train-steps", "1")
     posterior = load_posterior(folder, device="cpu", dataset="boolq")
-    with pytest.raises(UsageError, match="the posterior answers 'business.*boolq"):
+    with pytest.raises(UsageError, match=r"the posterior answers 'business.*boolq"):
         posterior.answer([{"text": "bank"}])
-    with pytest.raises(UsageError, match="lora_r.*settings are"):
+    with pytest.raises(UsageError, match=r"lora_r.*settings are"):
         load_posterior(folder, device="cpu", lora_r=3)
 
 
