@@ -1,0 +1,343 @@
+"""Answer rows with a trained posterior: python scripts/predict.py POSTERIOR --rows FILE --out FILE
+
+POSTERIOR is a run's folder or a hub repo. The rows need the columns of its task, no labels: JSONL,
+JSON, CSV, parquet, or plain lines of text where the task reads one column; "-" is standard input or
+output. Every row gets its answer, the probabilities of all answers, and how the posterior's draws
+differ. With labels the accuracy and the calibration are told at the end. All rows are read once
+before anything is computed. Messages go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.args import Args, Parser, add_switch, count, positive_int, seed
+from utils.errors import RunError, UsageError, quoted
+from utils.interrupts import Interrupted, interrupts
+from utils.logging import logger, quiet_libraries, setup_logging
+
+if TYPE_CHECKING:
+    from modelwrappers.wrapperbase import WrapperBase
+
+ROWS = ("jsonl", "json", "csv", "parquet", "txt")
+OUT = ("jsonl", "csv", "parquet")
+MOST_TOLD = 3  # bad rows
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The flags."""
+    parser = Parser(
+        prog="predict.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("posterior", metavar="POSTERIOR", help="a run's folder, or a hub repo")
+    parser.add_argument("--rows", required=True, metavar="FILE", help="- is standard input")
+    parser.add_argument("--out", required=True, metavar="FILE", help="- is standard output")
+    parser.add_argument("--rows-format", choices=ROWS, help="default: by the name; of - jsonl")
+    parser.add_argument("--out-format", choices=OUT, help="default: by the name; of - jsonl")
+    parser.add_argument("--model", metavar="NAME", help="the base model, if it has moved")
+    parser.add_argument("--modelwrapper", metavar="FILE.py:CLASS", help="a method of your own")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="whose rows these are, or FILE.py:NAME (default: as told)"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--n-draws", type=count, help="default: the run's; 0: posterior mean")
+    parser.add_argument("--seed-sampling", type=seed, help="of the draws (default: the run's)")
+    parser.add_argument("--eval-batch-size", type=positive_int, help="default: the run's")
+    parser.add_argument(
+        "--window", type=positive_int, default=8192, help="rows that are sorted by length together"
+    )
+    add_switch(parser, "--skip-bad-rows", help="write the reason in the place of the answer")
+    add_switch(parser, "--resume", help="go on from an interrupted run")
+    add_switch(parser, "--overwrite", help="start over where one was interrupted")
+    args = parser.parse_args(argv, Args())
+    if args.resume and args.overwrite:
+        raise UsageError("--resume goes on and --overwrite starts over: pass one of them.")
+    if args.out == "-" and args.resume:
+        raise UsageError("--resume goes on with a file, but --out - is standard output.")
+    if "-" in (args.rows, args.out) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes share files, not - : give --rows and --out as files.")
+    args.rows_format = _format(args.rows, args.rows_format, ROWS, "--rows")
+    args.out_format = _format(args.out, args.out_format, OUT, "--out")
+    if args.out == "-" and args.out_format != "jsonl":
+        raise UsageError(f"--out - is written as jsonl; --out-format is {args.out_format}.")
+    return args.freeze()
+
+
+def _format(name: str, given: str | None, known: tuple[str, ...], flag: str) -> str:
+    suffix = "jsonl" if name == "-" else Path(name).suffix.lower().removeprefix(".")
+    if given is None and suffix not in known:
+        raise UsageError(
+            f"{flag} {quoted(name)}: its name does not say what it holds; let it end in "
+            f"{', '.join('.' + form for form in known)}, or pass {flag}-format."
+        )
+    return given or suffix
+
+
+# --- the rows -------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """The input, which was read once from beginning to end.
+
+    Attributes:
+        path: of the file.
+        number: how many rows it has, bad ones included.
+        digest: of its bytes.
+    """
+
+    path: Path
+    number: int
+    digest: str
+
+
+def read_through(posterior: WrapperBase, path: Path, args: Args) -> Rows:
+    """Look at every row before anything is computed.
+
+    Raises:
+        UsageError: a row cannot be used, unless --skip-bad-rows; or there is none that can.
+    """
+    number, bad, first = 0, 0, []
+    for _, _, problem in examples_of(posterior, path, args):
+        number += 1
+        if problem is not None:
+            bad += 1
+            first += [problem] if len(first) < MOST_TOLD else []
+            if not args.skip_bad_rows:
+                raise UsageError(f"{problem} (--skip-bad-rows goes on without such rows)")
+    if number == bad:
+        raise UsageError(
+            f"--rows {quoted(args.rows)}: there is no row that can be used"
+            f"{f'; the first one: {first[0]}' if first else '.'}"
+        )
+    for problem in first:
+        logger.warning("Left out: %s", problem)
+    if bad:
+        logger.warning("%d of %d rows cannot be used; their places say why.", bad, number)
+    return Rows(path, number, digest_of(path))
+
+
+def examples_of(
+    posterior: WrapperBase, path: Path, args: Args, start: int = 0
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, str | None]]:
+    """(row, example, problem) of the rows from `start` on; one of the last two is None."""
+    from dataset.files import stream_rows
+
+    reader = posterior.reader
+    shown = "standard input" if args.rows == "-" else args.rows
+    reads = stream_rows(path, args.rows_format, shown, "--rows", reader.texts)
+    for index, (where, row, problem) in enumerate(reads):
+        if index < start:
+            continue
+        as_dict = {reader.text_column or "text": row} if isinstance(row, str) else row
+        if problem is None:
+            try:
+                yield as_dict, reader.example(row, where) | {"index": index}, None
+                continue
+            except UsageError as error:
+                problem = str(error)
+        yield as_dict, None, problem
+
+
+# --- the answers ----------------------------------------------------------------------------------
+
+
+def records_of(
+    posterior: WrapperBase, window: list[tuple[dict, dict | None, str | None]], start: int
+) -> list[dict[str, Any]]:
+    """One record per row of a window; bad rows have their reason."""
+    from modelwrappers.engine.answers import Answers, predict_window
+
+    examples = [example for _, example, _ in window if example is not None]
+    answers = iter(())
+    if examples:
+        predictions = predict_window(posterior, examples)
+        answers = iter(Answers.of(predictions).records(posterior.answers))
+    return [
+        {"row": start + i, "input": _jsonable(row)}
+        | (next(answers) if example is not None else {"error": problem})
+        for i, (row, example, problem) in enumerate(window)
+    ]
+
+
+def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a parquet file may hold dates and bytes."""
+    return json.loads(json.dumps(row, default=str))
+
+
+def tell_metrics(posterior: WrapperBase, records: Iterator[dict[str, Any]]) -> None:
+    """Accuracy and calibration of the rows that have labels, if any."""
+    import torch
+
+    from utils.metrics import score
+
+    probabilities, labels = [], []
+    for record in records:
+        if "label" in record:
+            probabilities.append(list(record["probabilities"].values()))
+            labels.append(posterior.answers.index(record["label"]))
+    if labels:
+        log_probs = torch.tensor(probabilities, dtype=torch.float64).log()
+        metrics = score(log_probs, torch.tensor(labels), posterior.args.num_bins)
+        logger.info(
+            "%d rows have labels: ACC %.4f  ECE %.4f  NLL %.4f  Brier %.4f", len(labels), *metrics
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Load, read, answer, write.
+
+    Raises:
+        UsageError: a wrong call or a bad row; nothing is written.
+        RunError: the disk is full.
+    """
+    args = parse_args(argv)
+    from dataset.files import check_file, kept_input
+    from utils.row_output import check_place
+
+    with ExitStack() as stack:
+        if args.rows == "-":
+            rows = stack.enter_context(kept_input())
+        else:
+            rows = Path(args.rows)
+            check_file(rows, "--rows")
+        if args.out == "-":
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="answers-"))
+            out = Path(folder) / "rows.jsonl"
+        else:
+            out = Path(args.out)
+            check_place(out)
+        answer_file(rows, out, args)
+        if args.out == "-":
+            with open(out, encoding="utf-8") as file:
+                shutil.copyfileobj(file, sys.stdout)
+            sys.stdout.flush()
+
+
+def answer_file(path: Path, out: Path, args: Args) -> None:
+    """Answer the rows of a file."""
+    from tqdm import tqdm
+
+    from utils.row_output import RowOutput
+
+    posterior = load(args)
+    is_main = posterior.accelerator.is_main_process
+    rows = read_through(posterior, path, args)
+    output = RowOutput(out, args.out_format, job_name(posterior, rows, args))
+    if is_main:
+        output.open(args.resume, args.overwrite)
+    start = first_row(posterior, output)
+    window: list[tuple[dict, dict | None, str | None]] = []
+    with tqdm(total=rows.number, initial=start, unit="row", disable=not is_main) as bar:
+
+        def answer_window() -> None:
+            nonlocal start
+            records = records_of(posterior, window, start)
+            start += len(window)
+            if is_main:
+                output.append(records, len(window))
+                bar.update(len(window))
+            window.clear()
+
+        for item in examples_of(posterior, rows.path, args, start):
+            window.append(item)
+            if len(window) == args.window:
+                answer_window()
+        if window:
+            answer_window()
+    if is_main:
+        tell_metrics(posterior, output.records())
+        output.finish()
+        logger.info("%d rows: %s", rows.number, quoted(args.out))
+
+
+def load(args: Args) -> WrapperBase:
+    """The posterior, with the settings of this call."""
+    from modelwrappers import load_posterior
+
+    quiet_libraries()
+    settings: dict[str, Any] = {}
+    if args.n_draws is not None:
+        settings["bayes_inference_notsample"] = args.n_draws == 0
+        settings["bayes_eval_n_samples_final"] = max(1, args.n_draws)
+    for name in ("seed_sampling", "eval_batch_size"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    return load_posterior(
+        args.posterior,
+        model=args.model,
+        device=args.device,
+        modelwrapper=args.modelwrapper,
+        dataset=args.dataset,
+        **settings,
+    )
+
+
+def first_row(posterior: WrapperBase, output) -> int:
+    """How many rows are done already, as the main process knows it."""
+    from accelerate.utils import broadcast_object_list
+
+    done = [output.done]
+    if posterior.accelerator.num_processes > 1:
+        broadcast_object_list(done)
+    return done[0]
+
+
+def job_name(posterior: WrapperBase, rows: Rows, args: Args) -> str:
+    """What an interrupted job must have in common with this one to be gone on with."""
+    flags = posterior.args.as_dict()
+    folder = Path(flags["load_lora_path"])
+    patterns = [name.replace("{n}", "*") for name in posterior.adapter_files]
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    own = {
+        "rows": rows.digest,
+        "flags": {key: value for key, value in flags.items() if key not in NOT_OF_THE_JOB},
+        "call": {name: getattr(args, name) for name in ("window", "rows_format", "dataset")},
+        "posterior": [(str(f.relative_to(folder)), digest_of(f)) for f in files],
+    }
+    return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# where things are may change between two calls of one job
+NOT_OF_THE_JOB = ("load_lora_path", "model", "load_model_path", "device", "resume", "overwrite")
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run(argv: list[str] | None = None) -> int:
+    """`main` for the command line: messages without a traceback, and an exit code."""
+    setup_logging(os.environ.get("RANK", "0") == "0", terminal=sys.stderr)
+    try:
+        with interrupts.handled():
+            main(sys.argv[1:] if argv is None else argv)
+    except (UsageError, RunError) as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RunError.exit_code
+    except KeyboardInterrupt as error:
+        logger.error("Interrupted; run the same command with --resume to go on.")
+        return error.exit_code if isinstance(error, Interrupted) else 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
