@@ -333,8 +333,35 @@ class DatasetBase(ABC):
 
     @cached_property
     def held_out_rows(self) -> list[Example]:
-        """The part of the training set that is not trained on, for tuning and calibration."""
+        """The part of the training set that is not trained on."""
         return self._divided[1]
+
+    @cached_property
+    def tuning_rows(self) -> list[Example]:
+        """Held-out rows by which a temperature or a prior is chosen; with --calibrate half one half
+        of them."""
+        return self._halves[0] if self.args.calibrate == "half" else self.held_out_rows
+
+    @cached_property
+    def calibration_rows(self) -> list[Example]:
+        """Held-out rows by which nothing is chosen: --calibrate keeps their predictions."""
+        return self._halves[1] if self.args.calibrate == "half" else self.held_out_rows
+
+    @cached_property
+    def _halves(self) -> tuple[list[Example], list[Example]]:
+        rows = self.held_out_rows
+        order = seeded_order(len(rows), "halves of the held-out rows", self.args.seed_split)
+        first = set(order[: len(rows) // 2])
+        halves = (
+            [row for i, row in enumerate(rows) if i in first],
+            [row for i, row in enumerate(rows) if i not in first],
+        )
+        if not all(halves):
+            raise UsageError(
+                f"--calibrate half: there is {len(rows)} held-out row, which has no halves; raise "
+                "--held-out-fraction."
+            )
+        return halves
 
     @cached_property
     def test_rows(self) -> list[Example]:
@@ -429,7 +456,11 @@ class DatasetBase(ABC):
 
     @cached_property
     def held_out_dataloader(self) -> DataLoader:
-        return self.eval_loader(self.held_out_rows)
+        return self.eval_loader(self.tuning_rows)
+
+    @cached_property
+    def calibration_dataloader(self) -> DataLoader:
+        return self.eval_loader(self.calibration_rows)
 
     def reader(self) -> RowReader:
         """How rows without labels become tokens, for `WrapperBase.answer`."""

@@ -17,6 +17,7 @@ from dataset.sources import BBCNews, Hub, HubGroup, Row, Source
 from utils.embedded import TOPICS
 from utils.errors import UsageError, quoted
 from utils.registry import lookup
+from utils.run_paths import PARTS
 
 
 class Prompt(NamedTuple):
@@ -89,7 +90,7 @@ def check_shifted(args, tasks: Mapping[str, Task]) -> None:
         UsageError: one of them is unknown, or two have one name.
     """
     own = find_task(args.dataset, tasks).name
-    taken = {own.lower(), args.dataset.rpartition(":")[2].lower(), "held_out"}
+    taken = {own.lower(), args.dataset.rpartition(":")[2].lower(), *PARTS}
     for name in args.ood_datasets or ():
         shifted = find_task(name, tasks).name
         if shifted.lower() in taken:

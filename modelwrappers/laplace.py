@@ -215,6 +215,11 @@ class Laplace(WrapperBase):
             args.hold_out = True
 
     @classmethod
+    def tunes_on_held_out(cls, args) -> bool:
+        by_validation = args.laplace_prior_precision == "validation"
+        return by_validation or super().tunes_on_held_out(args)
+
+    @classmethod
     def prefix_obstacle(cls, args) -> str | None:
         return "the Jacobians of a row go through all of its tokens"
 

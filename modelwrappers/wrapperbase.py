@@ -108,6 +108,7 @@ class WrapperBase(ClassLogits, PeftModel):
         self._reader: Reader | None = None
         # of `prepare_for_fit_evaluate`
         self.dataset = self.train_loader = self.eval_loader = self.held_out_loader = None
+        self.calibration_loader = None
         self.shifted: dict[str, tuple[Any, Iterable[Batch]]] = {}  # name -> data set and loader
         # what training makes
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -134,6 +135,11 @@ class WrapperBase(ClassLogits, PeftModel):
         """Fill in the method's defaults and raise `UsageError` on flags that contradict it."""
 
     @classmethod
+    def tunes_on_held_out(cls, args) -> bool:
+        """Whether the run chooses anything by its held-out rows: a temperature, a prior."""
+        return args.temperature_scaling
+
+    @classmethod
     def check_call(cls, args) -> None:
         """`check_arguments`, and flags that every method has but not all can follow.
 
@@ -141,6 +147,14 @@ class WrapperBase(ClassLogits, PeftModel):
             UsageError: one of them is given to a method that cannot.
         """
         cls.check_arguments(args)
+        tunes = cls.tunes_on_held_out(args)
+        if args.calibrate == "auto":
+            args.calibrate = "half" if tunes else "all"
+        if args.calibrate == "all" and tunes:
+            raise UsageError(
+                "--calibrate all takes all held-out rows, but a temperature or a prior precision "
+                "is chosen by them, too; pass --calibrate half, or auto."
+            )
         if args.draws_adaptive and args.bayes_eval_n_samples_final <= FIRST_STAGE:
             raise UsageError(
                 f"--draws-adaptive looks at a row for the first time after {FIRST_STAGE} draws, "
@@ -353,6 +367,8 @@ class WrapperBase(ClassLogits, PeftModel):
             check_data_set_name(name, "--ood-datasets")
         if args.temperature_scaling:
             self.held_out_loader = dataset.held_out_dataloader
+        if args.calibrate != "no":
+            self.calibration_loader = dataset.calibration_dataloader
         self.num_training_steps = self.last_step = args.max_train_steps
         if args.max_train_steps or args.n_epochs:
             self.train_loader = dataset.train_dataloader

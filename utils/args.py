@@ -282,6 +282,11 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
             "--temperature-scaling fits on the rows that --testing-set train_val evaluates; pass "
             "one of them."
         )
+    if args.calibrate != "no" and args.testing_set == "train_val":
+        raise UsageError(
+            f"--calibrate {args.calibrate} takes the rows that --testing-set train_val evaluates; "
+            "pass one of them."
+        )
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: pass one of them.")
     for name, value in PROTOCOLS[args.protocol].items():
@@ -364,18 +369,22 @@ def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
     Raises:
         UsageError: rows that the adapter was trained on would pass for held-out ones.
     """
-    needed = args.temperature_scaling or args.testing_set == "train_val"
-    if needed and args.hold_out is False:
-        flag = "--temperature-scaling" if args.temperature_scaling else "--testing-set train_val"
+    needed = {
+        "--temperature-scaling": args.temperature_scaling,
+        "--testing-set train_val": args.testing_set == "train_val",
+        f"--calibrate {args.calibrate}": args.calibrate != "no",
+    }
+    flag = next((flag for flag, is_asked in needed.items() if is_asked), None)
+    if flag is not None and args.hold_out is False:
         raise UsageError(f"{flag} needs held-out rows, but --hold-out is false; drop that.")
-    wanted = bool(args.hold_out or needed)
+    wanted = bool(args.hold_out or flag is not None)
     if args.load_lora_path is not None and args.dataset == trained.get("dataset"):
         held_out = trained.get("hold_out", False)
         changed = [name for name in SPLIT_FLAGS if getattr(args, name) != trained.get(name)]
         if wanted and not held_out:
             raise UsageError(
-                "rows that were not trained on are needed (--temperature-scaling, --testing-set "
-                "train_val, --hold-out or a prior precision from validation), but the adapter in "
+                "rows that were not trained on are needed (--temperature-scaling, --calibrate, "
+                "--testing-set train_val, --hold-out or a prior precision from validation), but the adapter in "
                 f"{args.load_lora_path} was trained on the whole training set; train it with "
                 "--hold-out."
             )

@@ -239,6 +239,13 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help="also report a temperature fitted on held-out rows",
     )
     evaluation.add_argument(
+        "--calibrate",
+        choices=["no", "auto", "all", "half"],
+        default="no",
+        help="keep predictions of held-out rows, for sets and answers with a guarantee; half: of "
+        "half of them, where the other half tunes; auto: as it must be",
+    )
+    evaluation.add_argument(
         "--testing-set",
         choices=["val", "test", "train_val", "train_train_val", "train_val_val"],
         default="val",

@@ -12,7 +12,8 @@ from utils.run_records import ARGS_FILE, HISTORY_FILE, LOG_FILE, METRICS_FILE
 LONGEST_FOLDER, LONGEST_DATA_SET = 255, 200  # bytes; a data set's name is part of a file's, too
 # Folders in a run's folder or beside it that are no runs: the report does not look into them.
 NOT_RUNS = ("state", "wandb", "tensorboard")
-HELD_OUT = "held_out"  # predictions-held_out.safetensors are of no data set of that name
+HELD_OUT, CALIBRATION = "held_out", "calibration"  # predictions on parts of the training set
+PARTS = (HELD_OUT, CALIBRATION)  # predictions-held_out.safetensors are of no data set of that name
 
 
 def run_folder_path(args) -> Path:
@@ -96,10 +97,10 @@ def check_name(name: str, flag: str, longest: int = LONGEST_FOLDER) -> str:
 
 def check_data_set_name(name: str, flag: str) -> str:
     """`check_name`, of what also names a file of predictions."""
-    if name == HELD_OUT:
+    if name in PARTS:
         raise UsageError(
-            f"{flag}: {quoted(name)} is what the predictions on held-out rows are called; choose "
-            "another name for the data set."
+            f"{flag}: {quoted(name)} is what the predictions on rows that were not trained on are "
+            "called; choose another name for the data set."
         )
     return check_name(name, flag, LONGEST_DATA_SET)
 

@@ -38,6 +38,8 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
     args = wrapper.args
     if args.temperature_scaling:
         wrapper.fitted_temperature = _fit_temperature(wrapper)
+    if args.calibrate != "no":
+        wrapper.calibration = _calibrate(wrapper)
     name, split = args.dataset.rpartition(":")[2], args.testing_set
     if split != "train_val":  # the others may name where anchors come from, too
         split = getattr(wrapper.dataset, "eval_split", split)
@@ -79,6 +81,21 @@ def _finish(wrapper: WrapperBase, training_seconds: float) -> None:
             )
         wrapper.accelerator.wait_for_everyone()
         folder.finish()
+
+
+def _calibrate(wrapper: WrapperBase) -> Calibration:
+    """What sets and selective answers need, of held-out rows; their predictions are kept.
+
+    Raises:
+        RunError: the loaded posterior was tuned on held-out rows, which may be these.
+    """
+    name = wrapper.args.dataset.rpartition(":")[2]
+    predictions = wrapper.predict(wrapper.calibration_loader)
+    _write_predictions(wrapper, predictions, name, CALIBRATION, predictions_file(CALIBRATION))
+    if wrapper.fitted_temperature is not None:
+        scaled = scale(predictions.log_probs, wrapper.fitted_temperature).float()
+        predictions = Predictions(scaled, *predictions[1:], predictions.num_draws)
+    return Calibration.of(Answers.of(predictions))
 
 
 def _fit_temperature(wrapper: WrapperBase) -> float:
