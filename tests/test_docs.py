@@ -23,6 +23,7 @@ from dataset import build_dataset
 from dataset.tasks import Task
 from modelwrappers import WRAPPERS, get_wrapper, load_posterior
 from modelwrappers.wrapperbase import WrapperBase
+from scripts import predict
 from utils.args import build_parser
 from utils.files import write_json
 from utils.registry import load_from_file
@@ -147,6 +148,24 @@ def commands(page: Path) -> list[list[str]]:
     return [flags for flags in words if "--help" not in flags and "METHOD" not in flags]
 
 
+def test_every_call_of_predict_answers(reader):
+    """As it is printed, with rows in the format that it names."""
+    (reader / "headlines.txt").write_text("bank profit\nmatch goal\n")
+    write_jsonl(reader / "headlines.jsonl", [{"text": "bank profit"}, {"text": "match goal"}])
+    calls = [
+        shlex.split(line)[2:]
+        for page in PAGES
+        for _, content in blocks(page, "bash")
+        for line in content.replace("\\\n", " ").splitlines()
+        if line.startswith("python scripts/predict.py")
+    ]
+    assert len(calls) >= 2
+    for words in calls:
+        assert predict.run([*words, "--overwrite"]) == 0
+        out = Path(words[words.index("--out") + 1])
+        assert len(out.read_text().splitlines()) == 2 + (out.suffix == ".csv")
+
+
 def test_every_command_line_parses(reader):
     """Paths may lead nowhere, but a run that another command has trained is there to be loaded."""
     for page in PAGES:
@@ -184,9 +203,9 @@ def test_every_flag_that_is_mentioned_exists(capsys):
     known = set(FOREIGN)
     for name in WRAPPERS:
         known |= set(build_parser(get_wrapper(name).add_arguments)._option_string_actions)
-    report = runpy.run_path(str(ROOT / "scripts" / "report.py"))
-    with pytest.raises(SystemExit):
-        report["parse_args"](["--help"])
+    for script in ("report", "predict"):
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))["parse_args"](["--help"])
     known |= set(FLAG.findall(capsys.readouterr().out))
     defined = {  # by the methods that the pages show
         flag
