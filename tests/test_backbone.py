@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import build, run_folder
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 import main
-from modelwrappers import backbone
+from modelwrappers import BLoB, backbone
 from utils.errors import UsageError
 
 SMALL = {
@@ -163,10 +164,6 @@ def test_a_model_id_without_network_is_an_error(tmp_path):
 @pytest.mark.parametrize("draws", [3, 4])
 def test_deberta_draws_are_true_draws(tmp_path, draws):
     """Its relative positions pass through query_proj without a row per example."""
-    from accelerate import Accelerator
-
-    from modelwrappers.blob import BLoB
-
     settings = SMALL | {
         "relative_attention": True,
         "share_att_key": True,
@@ -355,3 +352,31 @@ def test_a_run_on_an_adapter_needs_none_of_the_flags_that_its_run_knows(kind, re
     assert tfb.acc == pytest.approx(trained.acc, abs=0.15)
     args = main.parse_args([*few, "--modelwrapper", "mle", "--dataset", "bbc_bodies"])
     assert args.dataset == "bbc_bodies", "what is said wins"
+
+
+@pytest.mark.parametrize("where", ["fc1", "q_proj"])
+def test_a_layer_that_does_not_see_rows_takes_no_signs_per_example(where, tmp_path):
+    """OPT's feed-forward layers see the tokens of all rows as one list."""
+    folder = make("opt", OPT, tmp_path, AutoModelForCausalLM)
+    flags = [
+        *("--dataset-type", "mcdataset", "--dataset", "bbc_headlines", "--modelwrapper", "blob"),
+        *("--model", folder, "--target-modules", where),
+    ]
+
+    def built(*more: str):
+        args = main.parse_args([*flags, *more])
+        model = backbone.load_model(args, 5, torch.device("cpu"))
+        return BLoB(model, backbone.lora_config(args, model), args, Accelerator(cpu=True))
+
+    if where == "fc1":
+        with pytest.raises(UsageError, match="--flipout-eval none"):
+            built()
+    else:
+        built()
+    wrapper = built("--flipout-eval", "none").eval()
+    ids = torch.randint(3, 50, (2, 9))
+    with torch.no_grad(), wrapper.answering(torch.tensor([4, 5])):
+        logits = wrapper.forward_logits(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, n_samples=3
+        )
+    assert logits.shape == (2, 3, 2)

@@ -174,7 +174,9 @@ def test_signs_are_those_of_a_context_whatever_drew_noise_in_between():
         others = {"width": narrow, "side": signs(side="out")[..., :8], "layer": signs(1)[..., :8]}
         for name, other in others.items():
             assert not torch.equal(first[..., :8], other), name
-        assert torch.equal(signs(1).flatten(0, 1)[:-1], first.flatten(0, 1)[1:]), "a row further"
+        for side, step in (("in", 2), ("out", 1)):
+            rows = signs(0, side).flatten(0, 1), signs(1, side).flatten(0, 1)
+            assert torch.equal(rows[1][:-step], rows[0][step:]), "further down in one table"
         with draws.stacked(1):
             assert torch.equal(signs(), first), "a context of the same number"
             with torch.inference_mode():
@@ -195,32 +197,54 @@ def test_a_context_of_pairs_in_one_of_the_same_number_has_signs_of_its_own():
     assert torch.equal(pair[0], pair[1])
 
 
-def test_noise_of_tokens_and_layers_is_uncorrelated():
-    """Two layers of one input and two behind them, at two tokens.
+def test_adapters_that_share_draws_have_rows_enough_for_the_larger_one():
+    net = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN), nn.Linear(IN, IN))
+    model = get_peft_model(net, LoraConfig(r=4, target_modules=["0", "1", "2"]))
+    draws = Draws("token")
+    attach_posterior(model, "default", 0.5, draws)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["1"]))
+    attach_posterior(model, "second", 0.5, draws)
+    with draws.stacked(2):
+        assert model(torch.ones(4, 3, IN)).shape == (4, 3, IN)
 
-    With one set of signs for all layers the largest correlation is 0.13, with one for input and
-    output 0.5.
+
+ATTENTION = {
+    "none": torch.eye(3),
+    "to earlier tokens": torch.ones(3, 3).tril(),
+    "to all tokens": torch.ones(3, 3),
+    "to the next token": torch.ones(3, 3).triu(1).tril(1),
+}
+
+
+@pytest.mark.parametrize("attention", ATTENTION.values(), ids=ATTENTION)
+def test_noise_of_tokens_and_layers_is_uncorrelated(attention):
+    """Two layers of one input and two behind them, at three tokens.
+
+    The largest one is 0.18 if a layer begins one row further down for its input, too, and tokens
+    read the next one; with one set of signs for all layers it is 0.17 without any attention.
     """
     torch.manual_seed(0)
-    number, width = 40_000, 2  # r is 2, too
+    number, width = 60_000, 2  # r is 2, too
     draws, weight = Draws("token"), torch.zeros(2, width)
     draws.num_layers = 4
-    up = torch.ones(2, width) / 2
-    x = torch.ones(1, 2, width).expand(number, 2, width)
+    up = torch.tensor([[1.0, 0.6], [0.5, 1.0]])
+    x = torch.ones(1, 3, width).expand(number, 3, width)
     deltas = []
     with draws.stacked(number):
         for place in range(4):
             noise = draws.noise(place, (2, width), weight)
             signs = (
                 draws.random_signs(place, "in", x.shape, x),
-                draws.random_signs(place, "out", (number, 2, 2), x),
+                draws.random_signs(place, "out", (number, 3, 2), x),
             )
             deltas.append(NoisyProjection.apply(x, weight, torch.ones(2, width), noise, *signs))
             if place:  # the first two read the same x
-                x = x + deltas[-1] @ up
+                x = x + attention @ (deltas[-1] @ up)
     values = torch.stack(deltas, 1).flatten(1)  # (draws, layer x token x r)
-    correlation = torch.corrcoef(values.T) - torch.eye(16)
-    assert correlation.abs().max() < 0.06, "behind the second layer noise has heavy tails"
+    # behind the second layer noise has heavy tails, and a correlation of it would need many draws
+    values = values.sign() * values.abs().sqrt()
+    correlation = torch.corrcoef(values.T) - torch.eye(24)
+    assert correlation.abs().max() < 0.05
 
 
 @pytest.mark.parametrize("flipout", ["token", "example", "none"])

@@ -19,6 +19,8 @@ from utils.seeding import mix_seed
 
 FLIPOUT = ("token", "example", "none")
 KINDS = ("independent", "antithetic")
+# How many rows further down in a table of signs the next layer begins.
+STEPS = {"in": 2, "out": 1}
 
 
 class Draws:
@@ -135,8 +137,11 @@ class Draws:
         """+1 and -1 for a stacked tensor (N*B, ..., d), or None for +1 alone; broadcasts to it.
 
         They are drawn once in a context of `stacked` for all layers, which is what makes them
-        cheap. Each layer starts a row further down than the one before: so no two layers give a row
-        the same signs, and a layer's noise does not tell that of the next one.
+        cheap. Each layer starts further down than the one before, by two rows for its input and by
+        one for its output. A layer's row shares signs with other rows of other layers, but never
+        those of input and output with the same one, so where a row's input has noise of earlier
+        layers in it, its own or, by attention, that of any other row, the product of the four signs
+        has mean 0: the noise of two rows is uncorrelated, as with signs drawn for each layer.
 
         Args:
             place: of the layer, 0 to num_layers - 1.
@@ -155,14 +160,15 @@ class Draws:
 
     def _rows(self, place: int, side: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         rows = math.prod(shape[:-1])
+        start = STEPS[side] * place
         key = side, rows, shape[-1], like.dtype, like.device, torch.is_inference_mode_enabled()
         if key not in self._signs:
             # A generator of their own: activation checkpointing runs a block again from the random
             # state before it, and whether the block was the first to ask must not matter.
             seed = mix_seed(f"signs {side}", self._sign_seed, rows, shape[-1])
-            size = rows + self.num_layers - 1, shape[-1]
+            size = rows + STEPS[side] * (self.num_layers - 1), shape[-1]
             self._signs[key] = random_signs(size, like, _seeded(like.device, seed))
-        return self._signs[key][place : place + rows].view(shape)
+        return self._signs[key][start : start + rows].view(shape)
 
 
 def _seeded(device: torch.device, seed: int) -> torch.Generator | None:

@@ -163,6 +163,8 @@ class GaussianPosterior:
         antithetic = self.args.draws == "antithetic"
         self.draws = Draws(flipout, self.args.flipout_eval, antithetic)
         attach_posterior(self, adapter, eps, self.draws)
+        if "example" in (flipout, self.args.flipout_eval):
+            check_rows_are_seen(self)
         if antithetic and self.shares_positions and self.args.flipout_eval != "none":
             raise UsageError(
                 "--draws antithetic needs both draws of a pair in one forward, or no random signs; "
@@ -305,7 +307,7 @@ def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -
                 f"the layer {name} already is a {type(module.lora_variant[adapter]).__name__}; a "
                 "Gaussian posterior goes on plain LoRA only."
             )
-    draws.num_layers = max(1, len(layers))
+    draws.num_layers = max(draws.num_layers, len(layers))  # it may be shared with another adapter
     for place, (_, module) in enumerate(layers):
         if not hasattr(module, RHO):
             setattr(module, RHO, nn.ParameterDict())
@@ -314,6 +316,27 @@ def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -
         rho = torch.empty_like(mean).uniform_(eps / math.sqrt(2), eps)
         getattr(module, RHO)[adapter] = nn.Parameter(rho, requires_grad=mean.requires_grad)
         module.lora_variant[adapter] = GaussianLora(draws, place)
+
+
+# Layers that see all tokens of a batch as one list, without rows: model type -> names.
+FLATTENED = {"opt": ("fc1", "fc2")}
+
+
+def check_rows_are_seen(model: GaussianPosterior) -> None:
+    """Signs per example need layers that see which tokens are of one row.
+
+    Raises:
+        UsageError: an adapted layer does not.
+    """
+    kind = model.get_base_model().config.model_type
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, LoraLayer) and last in FLATTENED.get(kind, ()):
+            raise UsageError(
+                f"{kind} sends all tokens of a batch through {last} as one list, so random signs "
+                "per example would be signs per token there: pass --flipout-eval none (or token), "
+                f"or --target-modules without {last}."
+            )
 
 
 def posterior_mean(module: LoraLayer, adapter: str) -> nn.Parameter:
