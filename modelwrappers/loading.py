@@ -54,6 +54,12 @@ def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None
         trains = args.max_train_steps or args.n_epochs
         is_own = not trains and _is_by(saved.record, wrapper_class)
         load_posterior_of(wrapper, saved, is_own)
+        if is_own and args.calibrate != "no" and wrapper.is_tuned:
+            raise UsageError(
+                f"--calibrate {args.calibrate}: a temperature or a prior of the posterior in "
+                f"{saved.folder} was chosen by held-out rows, so they cannot calibrate it any "
+                "more; pass --calibrate in the run that chooses it."
+            )
     wrapper.settle()
     return wrapper
 

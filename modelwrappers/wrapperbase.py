@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from decisions.calibration import Calibration
+from decisions.calibration import wanted as wishes
 from modelwrappers.engine import answers, posterior, prediction, results, training
 from modelwrappers.engine.adaptive import FIRST_STAGE, Settling
 from modelwrappers.engine.answers import Reader
@@ -104,6 +106,8 @@ class WrapperBase(ClassLogits, PeftModel):
         self.prompt: posterior.Prompt | None = None  # what a row looks like
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
+        self.is_tuned = type(self).tunes_on_held_out(args)
+        self.calibration: Calibration | None = None  # rows that were neither trained nor tuned on
         self._make_reader: Callable[[], Reader] | None = None  # of the task's rows
         self._reader: Reader | None = None
         # of `prepare_for_fit_evaluate`
@@ -473,22 +477,27 @@ class WrapperBase(ClassLogits, PeftModel):
         return self._reader
 
     def answer(
-        self, rows: Iterable[dict[str, Any] | str], n_samples: int | None = None
+        self, rows: Iterable[dict[str, Any] | str], n_samples: int | None = None, **wanted
     ) -> list[dict[str, Any]]:
         """The posterior's answers to rows of its task, which need no labels.
 
         Args:
             rows: dicts with the task's columns; texts, where its prompt reads one column.
             n_samples: N; 0 for the posterior mean, None for the posterior's own number.
+            wanted: what else, by the names in `decisions.calibration.Wanted`: `coverage=0.9` for
+                sets, `max_risk=0.05` for answers with a bounded error rate; both need a run with
+                --calibrate.
         Returns:
             a dict per row: `answer`, `probabilities` (of each answer, the mean over draws),
-            `entropy`, `expected_entropy`, `mutual_information` (nats), `num_draws`, and `label` if
-            the row has one. A fitted temperature is applied.
+            `entropy`, `expected_entropy`, `mutual_information` (nats), `num_draws`, `set` and
+            `answered` if they were asked for, and `label` if the row has one. A fitted temperature
+            is applied.
         Raises:
-            UsageError: a row cannot be read; its position is named.
+            UsageError: a row cannot be read (its position is named), or what is asked for cannot
+                be promised.
             RunError: nobody has said how rows become tokens.
         """
-        return answers.answer(self, rows, n_samples)
+        return answers.answer(self, rows, n_samples, wishes(wanted))
 
     def evaluate(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Metrics:
         """Metrics of the posterior predictive over all rows; keeps the draws in `predictions`."""

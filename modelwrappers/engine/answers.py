@@ -1,7 +1,7 @@
 """What a posterior answers to rows: their classes, with what it is sure of and what it is not.
 
     rows -> examples (the task's prompt, the tokenizer) -> windows of batches -> log_probs (n, N, C)
-         -> one `Answer` per row, in the rows' order
+         -> `Answers` -> one record per row, in the rows' order
 
 A window is what is sorted by length and predicted together: as many rows as it takes for batches of
 rows of similar length, and no more than fit into memory however many there are.
@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
+from decisions.calibration import AnswerRule, Calibration, SetRule, Wanted
+from decisions.information import expected_entropy, predictive_entropy
 from modelwrappers.engine.prediction import Batch, Predictions
 from utils.errors import UsageError
 from utils.metrics import posterior_predictive
@@ -39,63 +39,87 @@ class Reader(Protocol):
 
 
 class Answers(NamedTuple):
-    """What a posterior says of n rows, in their order.
+    """What a posterior says of n rows, in the order of their index.
 
     Attributes:
         predictive: posterior predictive probabilities, (n, C).
         entropy: of the predictive distribution, in nats, (n,): all of the uncertainty.
         expected_entropy: the mean entropy of the draws, (n,): what remains with the weights known.
-        mutual_information: of the answer and the weights, their difference, (n,): what more
-            training data could tell. No more than the log of the number of draws.
         num_draws: of each row, (n,).
         labels: (n,), -1 where a row does not say it.
+        index: of the rows, (n,)
     """
 
     predictive: Float[np.ndarray, "n C"]
     entropy: Float[np.ndarray, " n"]
     expected_entropy: Float[np.ndarray, " n"]
-    mutual_information: Float[np.ndarray, " n"]
     num_draws: Int[np.ndarray, " n"]
     labels: Int[np.ndarray, " n"]
+    index: Int[np.ndarray, " n"]
 
     @classmethod
     def of(cls, predictions: Predictions) -> Answers:
         """Of the draws of each row."""
-        draws = predictions.log_probs.double()  # (n, N, C)
-        log_predictive = posterior_predictive(draws, predictions.num_draws)
-        entropy = _entropy(log_predictive)
-        number = predictions.num_draws
-        if number is None:
-            number = torch.full((len(draws),), draws.shape[1])
-        made = torch.arange(draws.shape[1]) < number[:, None]  # (n, N); the others are NaN
-        of_draws = _entropy(draws.masked_fill(~made[:, :, None], -torch.inf))
-        expected = of_draws.sum(1) / number
-        arrays = log_predictive.exp(), entropy, expected, (entropy - expected).clamp(min=0)
-        return cls(*(a.numpy() for a in arrays), number.numpy(), predictions.labels.numpy())
+        draws, number = predictions.log_probs.double(), predictions.num_draws  # (n, N, C)
+        log_predictive = posterior_predictive(draws, number).numpy()
+        num_draws = number.numpy() if number is not None else np.full(len(draws), draws.shape[1])
+        return cls(
+            np.exp(log_predictive),
+            predictive_entropy(log_predictive),
+            expected_entropy(draws.numpy(), num_draws),
+            num_draws,
+            predictions.labels.numpy(),
+            predictions.index.numpy(),
+        )
 
-    def records(self, answers: Sequence[str]) -> list[dict[str, Any]]:
+    @property
+    def mutual_information(self) -> Float[np.ndarray, " n"]:
+        """Of the answer and the weights, in nats: what more training data could tell.
+
+        No more than the log of the number of draws.
+        """
+        return np.maximum(self.entropy - self.expected_entropy, 0.0)
+
+    def as_calibration(self) -> Calibration:
+        """What a posterior keeps of its calibration rows."""
+        predictive = self.predictive / self.predictive.sum(1, keepdims=True)
+        return Calibration(predictive, self.labels, self.mutual_information, self.index)
+
+    def records(
+        self,
+        answers: Sequence[str],
+        set_rule: SetRule | None = None,
+        answer_rule: AnswerRule | None = None,
+    ) -> list[dict[str, Any]]:
         """One dict per row, ready for JSON.
 
         Args:
             answers: the C choices, in label order.
+            set_rule: makes `set`, the row's set of answers, the most probable one first.
+            answer_rule: makes `answered`, whether the answer should be given.
         """
-        return [
-            {
+        found = self.predictive.argsort(1)[:, ::-1]  # (n, C), the most probable one first
+        information = self.mutual_information
+        sets = set_rule(self.predictive, self.index) if set_rule is not None else None
+        answered = answer_rule(self.predictive, information) if answer_rule is not None else None
+        records = []
+        for i, p in enumerate(self.predictive):
+            record: dict[str, Any] = {
                 "answer": answers[int(p.argmax())],
                 "probabilities": dict(zip(answers, map(float, p), strict=True)),
                 "entropy": float(self.entropy[i]),
                 "expected_entropy": float(self.expected_entropy[i]),
-                "mutual_information": float(self.mutual_information[i]),
+                "mutual_information": float(information[i]),
                 "num_draws": int(self.num_draws[i]),
             }
-            | ({"label": answers[self.labels[i]]} if self.labels[i] >= 0 else {})
-            for i, p in enumerate(self.predictive)
-        ]
-
-
-def _entropy(log_probs: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows"]:
-    """In nats; a class of probability 0 adds nothing."""
-    return -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+            if sets is not None:
+                record["set"] = [answers[c] for c in found[i] if sets[i, c]]
+            if answered is not None:
+                record["answered"] = bool(answered[i])
+            if self.labels[i] >= 0:
+                record["label"] = answers[self.labels[i]]
+            records.append(record)
+        return records
 
 
 # --- from rows to answers -------------------------------------------------------------------------
@@ -131,18 +155,39 @@ def fitted_temperature(wrapper: WrapperBase) -> Iterator[None]:
 
 
 def answer(
-    wrapper: WrapperBase, rows: Iterable[dict[str, Any] | str], n_samples: int | None = None
+    wrapper: WrapperBase,
+    rows: Iterable[dict[str, Any] | str],
+    n_samples: int | None,
+    wanted: Wanted,
 ) -> list[dict[str, Any]]:
     """See `WrapperBase.answer`."""
     if isinstance(rows, str | dict):
         raise UsageError(
             "answer takes a list of rows; put a single one in brackets: answer([row])."
         )
-    reader, told = wrapper.reader, "row {}".format
-    examples = [reader.example(row, told(i)) | {"index": i} for i, row in enumerate(rows)]
+    rules = rules_of(wrapper, wanted, n_samples)
+    reader = wrapper.reader
+    examples = [reader.example(row, f"row {i}") | {"index": i} for i, row in enumerate(rows)]
     records: list[dict[str, Any]] = []
     for start in range(0, len(examples), WINDOW):
         window = examples[start : start + WINDOW]
         answers = Answers.of(predict_window(wrapper, window, n_samples))
-        records += answers.records(wrapper.answers)
+        records += answers.records(wrapper.answers, *rules)
     return records
+
+
+def rules_of(
+    wrapper: WrapperBase, wanted: Wanted, n_samples: int | None = None
+) -> tuple[SetRule | None, AnswerRule | None]:
+    """What decides about sets and answers; see `Wanted.rules`.
+
+    Raises:
+        UsageError: other draws than those of the calibration rows, whose promise is of those only.
+    """
+    is_asked = wanted.coverage is not None or wanted.max_risk is not None
+    if is_asked and n_samples not in (None, wrapper.final_draws()):
+        raise UsageError(
+            f"{n_samples} draws, but the calibration rows were predicted with the posterior's own "
+            f"{wrapper.final_draws()} (0 is the mean): sets and risks are promised for those only."
+        )
+    return wanted.rules(wrapper.calibration, wrapper.answers, wrapper.args.seed_sampling)

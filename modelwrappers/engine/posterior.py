@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
+from decisions.calibration import Calibration
 from modelwrappers.engine.adapter_config import CONFIG_FILE, read_adapter_config
 from modelwrappers.engine.model_card import model_card
 from utils.errors import UsageError, quoted
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter_model.safetensors"
 RECORD_FILE = "bayes_config.json"
 TENSORS_FILE = "posterior.safetensors"  # of `posterior_tensors`, where a method names no other
-FILES = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, TENSORS_FILE)  # of every adapter's folder
+CALIBRATION_FILE = "calibration.safetensors"  # predictions of calibration rows
+# of every adapter's folder
+FILES = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, TENSORS_FILE, CALIBRATION_FILE)
 FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another number
 
 # What the posterior was trained on; a posterior is one over the adapter of exactly that model.
@@ -142,6 +145,8 @@ class PosteriorRecord(Record):
         n_draws: N of the final evaluation.
         evaluation: how it drew; None in records of before that was kept.
         temperature: what held-out rows have the logits divided by, if one was fitted.
+        tuned: whether a temperature or a prior was chosen by held-out rows.
+        calibration: how many rows `CALIBRATION_FILE` beside the record has; None: there is none.
         metrics: data set -> what the run measured.
         flags: the method's own flags that it needs again, each under its flag's rules.
         tensors: what `WrapperBase.posterior_tensors` gave, by name; they lie beside the adapter.
@@ -169,6 +174,8 @@ class PosteriorRecord(Record):
     n_draws: Annotated[int, Field(ge=1, le=100_000)]
     evaluation: Evaluation | None = None
     temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
+    tuned: bool = False
+    calibration: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     metrics: dict[Name, Scores] = Field(default_factory=dict)
     flags: dict[Name, Any] = Field(default_factory=dict)
     tensors: list[Name] = Field(default_factory=list)
@@ -328,6 +335,8 @@ def describe(wrapper: WrapperBase, tensors: Mapping[str, Tensor]) -> PosteriorRe
         n_draws=max(1, wrapper.final_draws()),
         evaluation=Evaluation(**{name: getattr(args, name) for name in EVALUATION_FLAGS}),
         temperature=wrapper.fitted_temperature,
+        tuned=wrapper.is_tuned,
+        calibration=len(wrapper.calibration.labels) if wrapper.calibration is not None else None,
         metrics={name: Scores.model_validate(block) for name, block in wrapper.results.items()},
         flags={name: getattr(args, name) for name in wrapper.posterior_flags},
         tensors=sorted(tensors),
@@ -347,6 +356,10 @@ def write_posterior(wrapper: WrapperBase, folder: Path) -> None:
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     if tensors:
         write_tensors(folder / wrapper.posterior_file, tensors, {})
+    if wrapper.calibration is not None:
+        arrays = wrapper.calibration._asdict()
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        write_tensors(folder / CALIBRATION_FILE, tensors, {})
     if extra := wrapper.trained_base_tensors():
         file = folder / ADAPTER_FILE
         write_tensors(file, read_tensors(file, "adapter") | extra, {"format": "pt"})
@@ -424,7 +437,39 @@ def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
     wrapper.load_adapter_weights(saved.folder)
     record = saved.record if is_own else None
     wrapper.fitted_temperature = record.temperature if record is not None else None
+    if record is not None:
+        wrapper.is_tuned = wrapper.is_tuned or record.tuned or record.temperature is not None
+        wrapper.calibration = read_calibration(saved)
     wrapper.take_posterior(saved.folder, record)
+
+
+def read_calibration(saved: Saved) -> Calibration | None:
+    """What the posterior in a folder keeps of its calibration rows, if anything.
+
+    Raises:
+        UsageError: the file is missing, or breaks a rule.
+    """
+    record = saved.record
+    if record is None or record.calibration is None or record.choices is None:
+        return None
+    file, n, num_answers = saved.folder / CALIBRATION_FILE, record.calibration, len(record.choices)
+    tensors = read_tensors(file, "calibration")
+    where = f"calibration: {file}"
+    shapes = {
+        "predictive": ((n, num_answers), ("float64",)),
+        "labels": ((n,), ("int64",)),
+        "mutual_information": ((n,), ("float64",)),
+        "index": ((n,), ("int64",)),
+    }
+    calibration = Calibration(
+        **{
+            name: check_tensor(tensors, name, shape, where, kinds).numpy()
+            for name, (shape, kinds) in shapes.items()
+        }
+    )
+    if (problem := calibration.problem(num_answers)) is not None:
+        raise UsageError(f"{where}: {problem}. Calibrate again, or download the posterior again.")
+    return calibration
 
 
 def give_back(wrapper: WrapperBase, record: PosteriorRecord, file: Path) -> None:

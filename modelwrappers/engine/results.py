@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from decisions.calibration import Calibration
+from modelwrappers.engine.answers import Answers
 from modelwrappers.engine.prediction import Batch, Predictions
 from modelwrappers.engine.tracking import track
 from utils.errors import RunError
 from utils.interrupts import interrupts
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
-from utils.run_paths import predictions_file
+from utils.run_paths import CALIBRATION, HELD_OUT, predictions_file
 from utils.temperature import fit_temperature, scale
 
 if TYPE_CHECKING:
@@ -84,25 +86,21 @@ def _finish(wrapper: WrapperBase, training_seconds: float) -> None:
 
 
 def _calibrate(wrapper: WrapperBase) -> Calibration:
-    """What sets and selective answers need, of held-out rows; their predictions are kept.
-
-    Raises:
-        RunError: the loaded posterior was tuned on held-out rows, which may be these.
-    """
+    """What sets and selective answers need, of held-out rows; their predictions are kept."""
     name = wrapper.args.dataset.rpartition(":")[2]
     predictions = wrapper.predict(wrapper.calibration_loader)
     _write_predictions(wrapper, predictions, name, CALIBRATION, predictions_file(CALIBRATION))
     if wrapper.fitted_temperature is not None:
         scaled = scale(predictions.log_probs, wrapper.fitted_temperature).float()
         predictions = Predictions(scaled, *predictions[1:], predictions.num_draws)
-    return Calibration.of(Answers.of(predictions))
+    return Answers.of(predictions).as_calibration()
 
 
 def _fit_temperature(wrapper: WrapperBase) -> float:
     """T from predictions on the part of the training set that was held out; they are kept."""
     predictions = wrapper.predict(wrapper.held_out_loader)
     name = wrapper.args.dataset.rpartition(":")[2]
-    _write_predictions(wrapper, predictions, name, "held_out", predictions_file("held_out"))
+    _write_predictions(wrapper, predictions, name, HELD_OUT, predictions_file(HELD_OUT))
     return fit_temperature(predictions.log_probs, predictions.labels, predictions.num_draws)
 
 
