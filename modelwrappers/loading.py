@@ -17,6 +17,7 @@ from modelwrappers.engine.posterior import (
     PosteriorRecord,
     Saved,
     adapter_folder,
+    is_tuned,
     load_posterior_of,
     read_posterior_record,
     read_saved,
@@ -54,7 +55,7 @@ def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None
         trains = args.max_train_steps or args.n_epochs
         is_own = not trains and _is_by(saved.record, wrapper_class)
         load_posterior_of(wrapper, saved, is_own)
-        if is_own and args.calibrate != "no" and wrapper.is_tuned:
+        if is_own and args.calibrate != "no" and is_tuned(saved.record):
             raise UsageError(
                 f"--calibrate {args.calibrate}: a temperature or a prior of the posterior in "
                 f"{saved.folder} was chosen by held-out rows, so they cannot calibrate it any "
@@ -100,6 +101,7 @@ def load_posterior(
     device: str = "auto",
     modelwrapper: str | None = None,
     dataset: str | None = None,
+    shared_draws: bool = False,
     **settings,
 ) -> WrapperBase:
     """The posterior that a run or `push_to_hub` left, ready to predict.
@@ -115,6 +117,8 @@ def load_posterior(
             another method, which then takes the adapter that the posterior is over.
         dataset: whose rows `answer` reads, where they are not those of the data set that the
             posterior was trained on: a name, or for a task of your own its "path/to/file.py:NAME".
+        shared_draws: whether a draw must be one set of weights for all rows, as what is said of
+            several rows together needs it: without random signs.
         settings: flags of draws and evaluation by their names, instead of the run's own:
             `bayes_eval_n_samples_final=50`, `eval_batch_size=64`, `seed_sampling=2`.
     Returns:
@@ -145,6 +149,8 @@ def load_posterior(
     method = modelwrapper or record.modelwrapper
     called = {"modelwrapper": method, "load_lora_path": str(folder), "device": device}
     called |= _checked_settings(settings)
+    if shared_draws and "flipout_eval" in get_wrapper(method).posterior_flags:
+        called["flipout_eval"] = "none"
     if model is not None:
         called |= {"model": str(model), "load_model_path": None}
     args = settings_of(get_wrapper(method), called, _settings(record, get_wrapper(method)), where)
@@ -154,6 +160,8 @@ def load_posterior(
     wrapper.results = {name: scores.model_dump() for name, scores in record.metrics.items()}
     wrapper.prompt = record.prompt
     wrapper.read_rows_by(partial(_reader, wrapper, record, dataset, where))
+    if shared_draws:
+        _check_shared(wrapper)
     wrapper.temperature = wrapper.fitted_temperature
     if wrapper.temperature is not None:
         logger.info("Predictions are scaled by the fitted temperature %.4f.", wrapper.temperature)
@@ -172,6 +180,16 @@ def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict
     own = wrapper_class.recorded_flags(record.flags)
     evaluation = record.evaluation.model_dump() if record.evaluation is not None else {}
     return settings | evaluation | own | {"bayes_eval_n_samples_final": record.n_draws}
+
+
+def _check_shared(wrapper: WrapperBase) -> None:
+    with wrapper.evaluation_draws(wrapper.final_draws()):
+        if not wrapper.rows_share_draws:
+            raise UsageError(
+                f"{wrapper.args.modelwrapper}: a draw is other weights in every row, so nothing "
+                "can be said of several rows together; take blob, tfb or deepensemble, or what "
+                "looks at rows one by one."
+            )
 
 
 SETTINGS = ("bayes_eval_n_samples_final", "prefix_cache", *EVALUATION_FLAGS)

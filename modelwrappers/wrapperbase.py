@@ -108,6 +108,7 @@ class WrapperBase(ClassLogits, PeftModel):
         self.temperature: float | None = None  # what `predict` divides the logits by
         self.is_tuned = type(self).tunes_on_held_out(args)
         self.calibration: Calibration | None = None  # rows that were neither trained nor tuned on
+        self.calibrated_draws: int | None = None  # with which those were predicted
         self._make_reader: Callable[[], Reader] | None = None  # of the task's rows
         self._reader: Reader | None = None
         # of `prepare_for_fit_evaluate`

@@ -11,25 +11,37 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import heapq
 import json
 import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.args import Args, Parser, add_switch, count, positive_int, seed
+from decisions.acquisition import BY_DRAWS, CRITERIA, acquire, check_call, warn_of_cap
+from decisions.acquisition import score as acquisition_score
+from decisions.calibration import Wanted
+from decisions.conformal import SCORES
+from decisions.selective import CONFIDENCES
+from utils.args import Args, Parser, above, add_switch, count, positive_int, seed
 from utils.errors import RunError, UsageError, quoted
 from utils.interrupts import Interrupted, interrupts
 from utils.logging import logger, quiet_libraries, setup_logging
+from utils.seeding import mix_seed
 
 if TYPE_CHECKING:
+    from modelwrappers.engine.prediction import Predictions
     from modelwrappers.wrapperbase import WrapperBase
+    from utils.row_output import RowOutput
 
 ROWS = ("jsonl", "json", "csv", "parquet", "txt")
 OUT = ("jsonl", "csv", "parquet")
@@ -60,12 +72,47 @@ def parse_args(argv: list[str]) -> Args:
     parser.add_argument(
         "--window", type=positive_int, default=8192, help="rows that are sorted by length together"
     )
+    sets = parser.add_argument_group("sets and answers with a guarantee (a run with --calibrate)")
+    sets.add_argument("--coverage", type=above(0, 1), help="of sets, such as 0.9")
+    sets.add_argument("--set-score", choices=SCORES, default="lac", help="how sets are made")
+    add_switch(sets, "--per-class", help="the coverage holds for the rows of every class")
+    sets.add_argument(
+        "--max-risk",
+        type=above(0, 1),
+        help="answer only where at most this share of answers is wrong",
+    )
+    sets.add_argument(
+        "--confidence", type=above(0, 1), default=0.9, help="with which --max-risk holds"
+    )
+    sets.add_argument(
+        "--confidence-by",
+        choices=CONFIDENCES,
+        default=CONFIDENCES[0],
+        help="what is answered first",
+    )
+    label = parser.add_argument_group("what to label next")
+    label.add_argument("--acquire", type=positive_int, metavar="K", help="write K rows to label")
+    label.add_argument("--by", choices=CRITERIA, help="what makes a row worth it (default: bald)")
+    label.add_argument("--seed", type=seed, default=0, help="of what is random in it")
     add_switch(parser, "--skip-bad-rows", help="write the reason in the place of the answer")
     add_switch(parser, "--resume", help="go on from an interrupted run")
     add_switch(parser, "--overwrite", help="start over where one was interrupted")
     args = parser.parse_args(argv, Args())
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: pass one of them.")
+    for flag, name, owner in (
+        ("--per-class", args.per_class, args.coverage),
+        ("--set-score", args.set_score != "lac", args.coverage),
+        ("--confidence-by", args.confidence_by != CONFIDENCES[0], args.max_risk),
+    ):
+        if name and owner is None:
+            of = "--max-risk" if flag == "--confidence-by" else "--coverage"
+            raise UsageError(f"{flag} is part of {of}, which is not given.")
+    if args.by is not None and args.acquire is None:
+        raise UsageError("--by says how rows are chosen, but --acquire K is not given.")
+    if args.acquire is not None and args.resume and args.by == "batchbald":
+        raise UsageError("--by batchbald holds the draws of all rows, which --resume has not kept.")
+    args.by = args.by or "bald"
     if args.out == "-" and args.resume:
         raise UsageError("--resume goes on with a file, but --out - is standard output.")
     if "-" in (args.rows, args.out) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -96,11 +143,13 @@ class Rows(NamedTuple):
     Attributes:
         path: of the file.
         number: how many rows it has, bad ones included.
+        usable: how many can be answered.
         digest: of its bytes.
     """
 
     path: Path
     number: int
+    usable: int
     digest: str
 
 
@@ -127,7 +176,7 @@ def read_through(posterior: WrapperBase, path: Path, args: Args) -> Rows:
         logger.warning("Left out: %s", problem)
     if bad:
         logger.warning("%d of %d rows cannot be used; their places say why.", bad, number)
-    return Rows(path, number, digest_of(path))
+    return Rows(path, number, number - bad, digest_of(path))
 
 
 def examples_of(
@@ -155,46 +204,165 @@ def examples_of(
 # --- the answers ----------------------------------------------------------------------------------
 
 
-def records_of(
-    posterior: WrapperBase, window: list[tuple[dict, dict | None, str | None]], start: int
-) -> list[dict[str, Any]]:
-    """One record per row of a window; bad rows have their reason."""
-    from modelwrappers.engine.answers import Answers, predict_window
+class Job:
+    """What is made of the rows' predictions, one window after the other.
 
-    examples = [example for _, example, _ in window if example is not None]
-    answers = iter(())
-    if examples:
-        predictions = predict_window(posterior, examples)
-        answers = iter(Answers.of(predictions).records(posterior.answers))
-    return [
-        {"row": start + i, "input": _jsonable(row)}
-        | (next(answers) if example is not None else {"error": problem})
-        for i, (row, example, problem) in enumerate(window)
-    ]
+    Args:
+        posterior: predicts.
+        args: flags of this call.
+    """
+
+    def __init__(self, posterior: WrapperBase, args: Args) -> None:
+        from modelwrappers.engine.answers import rules_of
+
+        self.posterior, self.args = posterior, args
+        wanted = Wanted(**{name: getattr(args, name) for name in Wanted._fields})
+        self.rules = rules_of(posterior, wanted)
+        for rule in filter(None, self.rules):
+            logger.info(rule.promise())
+        self._draws: list[np.ndarray] = []  # of batchbald, which looks at all rows together
+        self._rows: list[int] = []
+
+    def records_of(
+        self, window: list[tuple[dict, dict | None, str | None]], start: int
+    ) -> list[dict[str, Any]]:
+        """One record per row of a window; bad rows have their reason."""
+        from modelwrappers.engine.answers import Answers, predict_window
+
+        examples = [example for _, example, _ in window if example is not None]
+        answers: Iterator[dict[str, Any]] = iter(())
+        if examples:
+            predictions = predict_window(self.posterior, examples)
+            found = Answers.of(predictions).records(self.posterior.answers, *self.rules)
+            answers = iter(self._scored(found, predictions, start))
+        return [
+            {"row": start + i, "input": _jsonable(row)}
+            | (next(answers) if example is not None else {"error": problem})
+            for i, (row, example, problem) in enumerate(window)
+        ]
+
+    def _scored(
+        self, records: list[dict[str, Any]], predictions: Predictions, start: int
+    ) -> list[dict[str, Any]]:
+        """With what makes each row worth its label, if that is asked for."""
+        args = self.args
+        if args.acquire is None:
+            return records
+        draws = predictions.log_probs.numpy()
+        if args.by == "batchbald":
+            self._draws.append(draws)
+            self._rows += predictions.index.tolist()
+            return records
+        own = None if predictions.num_draws is None else predictions.num_draws.numpy()
+        seed = mix_seed("acquisition", args.seed, start)
+        scores = acquisition_score(draws, args.by, seed, own)
+        return [
+            record | {"score": float(score)} for record, score in zip(records, scores, strict=True)
+        ]
+
+    def check_rows(self, number: int) -> None:
+        """There are rows and draws enough for what is asked for.
+
+        Raises:
+            UsageError: there are not.
+        """
+        if self.args.acquire is not None:
+            draws = max(1, self.posterior.final_draws())
+            if getattr(self.posterior, "has_members", False):
+                draws = max(draws, len(self.posterior.peft_config))
+            check_call(number, draws, self.args.acquire, self.args.by)
+
+    def chosen(self, output: RowOutput) -> list[dict[str, Any]]:
+        """The records of the rows to label, the first one first."""
+        if self.args.by == "batchbald":
+            found = acquire(
+                np.concatenate(self._draws), self.args.acquire, self.args.by, self.args.seed
+            )
+            scores = {self._rows[i]: s for i, s in zip(found.rows, found.scores, strict=True)}
+            records = [
+                r | {"score": float(scores[r["row"]])}
+                for r in output.records()
+                if r["row"] in scores
+            ]
+            order = {row: place for place, row in enumerate(scores)}
+            return sorted(records, key=lambda record: order[record["row"]])
+        usable = (record for record in output.records() if "score" in record)
+        best = heapq.nsmallest(
+            self.args.acquire, usable, key=lambda record: (-record["score"], record["row"])
+        )
+        if self.args.by in BY_DRAWS:
+            most = max(record["mutual_information"] for record in best)
+            warn_of_cap(most, max(record["num_draws"] for record in best))
+        return best
+
+    def tell(self, records: Iterator[dict[str, Any]]) -> None:
+        """How many were answered, and what is known of the labelled rows."""
+        summary = Summary(self.posterior.answers)
+        for record in records:
+            summary.add(record)
+        for line in summary.lines(self.posterior.args.num_bins):
+            logger.info(line)
+
+
+class Summary:
+    """Counts of records, and the labelled ones held against their labels."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self._place = {answer: i for i, answer in enumerate(answers)}
+        self._probabilities: list[list[float]] = []
+        self._labels: list[int] = []
+        self._counts: Counter[str] = Counter()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """One more record."""
+        counts = self._counts
+        if "answer" not in record:
+            return
+        counts["rows"] += 1
+        counts["answered"] += record.get("answered", True)
+        counts["in sets"] += len(record.get("set", ()))
+        if "label" not in record:
+            return
+        self._probabilities.append(list(record["probabilities"].values()))
+        self._labels.append(self._place[record["label"]])
+        is_wrong = record["answer"] != record["label"]
+        counts["has sets"] += "set" in record
+        counts["has selection"] += "answered" in record
+        counts["covered"] += record["label"] in record.get("set", ())
+        counts["labelled and answered"] += record.get("answered", True)
+        counts["answered wrongly"] += record.get("answered", True) and is_wrong
+
+    def lines(self, num_bins: int) -> Iterator[str]:
+        """What is said at the end."""
+        import torch
+
+        from decisions.conformal import share
+        from utils.metrics import score
+
+        counts, labels = self._counts, self._labels
+        if counts["in sets"]:
+            yield f"Sets have {counts['in sets'] / counts['rows']:.2f} answers on average."
+        if counts["answered"] < counts["rows"] or counts["has selection"]:
+            part = counts["answered"] / counts["rows"]
+            yield f"Answered: {counts['answered']} of {counts['rows']} rows ({part:.1%})."
+        if not labels:
+            return
+        log_probs = torch.tensor(self._probabilities, dtype=torch.float64).log()
+        metrics = score(log_probs, torch.tensor(labels), num_bins)
+        yield ("{} rows have labels: ACC {:.4f}  ECE {:.4f}  NLL {:.4f}  Brier {:.4f}").format(
+            len(labels), *metrics
+        )
+        if counts["has sets"]:
+            found = share(counts["covered"], len(labels))
+            yield "In its set is the label of {:.3f} [{:.3f}, {:.3f}] of them.".format(*found)
+        if counts["has selection"]:
+            found = share(counts["answered wrongly"], counts["labelled and answered"])
+            yield "Wrong among the answered: {:.3f} [{:.3f}, {:.3f}].".format(*found)
 
 
 def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a parquet file may hold dates and bytes."""
     return json.loads(json.dumps(row, default=str))
-
-
-def tell_metrics(posterior: WrapperBase, records: Iterator[dict[str, Any]]) -> None:
-    """Accuracy and calibration of the rows that have labels, if any."""
-    import torch
-
-    from utils.metrics import score
-
-    probabilities, labels = [], []
-    for record in records:
-        if "label" in record:
-            probabilities.append(list(record["probabilities"].values()))
-            labels.append(posterior.answers.index(record["label"]))
-    if labels:
-        log_probs = torch.tensor(probabilities, dtype=torch.float64).log()
-        metrics = score(log_probs, torch.tensor(labels), posterior.args.num_bins)
-        logger.info(
-            "%d rows have labels: ACC %.4f  ECE %.4f  NLL %.4f  Brier %.4f", len(labels), *metrics
-        )
 
 
 def main(argv: list[str]) -> None:
@@ -234,8 +402,10 @@ def answer_file(path: Path, out: Path, args: Args) -> None:
     from utils.row_output import RowOutput
 
     posterior = load(args)
+    job = Job(posterior, args)
     is_main = posterior.accelerator.is_main_process
     rows = read_through(posterior, path, args)
+    job.check_rows(rows.usable)
     output = RowOutput(out, args.out_format, job_name(posterior, rows, args))
     if is_main:
         output.open(args.resume, args.overwrite)
@@ -245,7 +415,7 @@ def answer_file(path: Path, out: Path, args: Args) -> None:
 
         def answer_window() -> None:
             nonlocal start
-            records = records_of(posterior, window, start)
+            records = job.records_of(window, start)
             start += len(window)
             if is_main:
                 output.append(records, len(window))
@@ -259,9 +429,13 @@ def answer_file(path: Path, out: Path, args: Args) -> None:
         if window:
             answer_window()
     if is_main:
-        tell_metrics(posterior, output.records())
-        output.finish()
-        logger.info("%d rows: %s", rows.number, quoted(args.out))
+        job.tell(output.records())
+        if args.acquire is not None:
+            chosen = job.chosen(output)
+            output.finish(lambda: chosen)
+        else:
+            output.finish()
+        logger.info("%d rows: %s", args.acquire or rows.number, quoted(args.out))
 
 
 def load(args: Args) -> WrapperBase:
@@ -282,6 +456,7 @@ def load(args: Args) -> WrapperBase:
         device=args.device,
         modelwrapper=args.modelwrapper,
         dataset=args.dataset,
+        shared_draws=args.acquire is not None and args.by == "batchbald",
         **settings,
     )
 
@@ -305,12 +480,16 @@ def job_name(posterior: WrapperBase, rows: Rows, args: Args) -> str:
     own = {
         "rows": rows.digest,
         "flags": {key: value for key, value in flags.items() if key not in NOT_OF_THE_JOB},
-        "call": {name: getattr(args, name) for name in ("window", "rows_format", "dataset")},
+        "call": {name: getattr(args, name) for name in OF_THE_JOB},
         "posterior": [(str(f.relative_to(folder)), digest_of(f)) for f in files],
     }
     return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
 
 
+OF_THE_JOB = (
+    *("window", "rows_format", "dataset", "skip_bad_rows", "acquire", "by", "seed"),
+    *Wanted._fields,
+)
 # where things are may change between two calls of one job
 NOT_OF_THE_JOB = ("load_lora_path", "model", "load_model_path", "device", "resume", "overwrite")
 

@@ -184,10 +184,11 @@ def rules_of(
     Raises:
         UsageError: other draws than those of the calibration rows, whose promise is of those only.
     """
+    number = wrapper.final_draws() if n_samples is None else n_samples
     is_asked = wanted.coverage is not None or wanted.max_risk is not None
-    if is_asked and n_samples not in (None, wrapper.final_draws()):
+    if is_asked and wrapper.calibrated_draws not in (None, number):
         raise UsageError(
-            f"{n_samples} draws, but the calibration rows were predicted with the posterior's own "
-            f"{wrapper.final_draws()} (0 is the mean): sets and risks are promised for those only."
+            "sets and risks are promised for predictions like those of the calibration rows, which "
+            f"had {wrapper.calibrated_draws} draws (0 is the mean); {number} are asked for."
         )
     return wanted.rules(wrapper.calibration, wrapper.answers, wrapper.args.seed_sampling)

@@ -438,9 +438,18 @@ def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
     record = saved.record if is_own else None
     wrapper.fitted_temperature = record.temperature if record is not None else None
     if record is not None:
-        wrapper.is_tuned = wrapper.is_tuned or record.tuned or record.temperature is not None
+        wrapper.is_tuned = wrapper.is_tuned or is_tuned(record)
         wrapper.calibration = read_calibration(saved)
+        wrapper.calibrated_draws = wrapper.final_draws()  # the record's, unless the caller says so
+        if wrapper.is_stochastic and record.evaluation is not None:
+            is_mean = record.evaluation.bayes_inference_notsample
+            wrapper.calibrated_draws = 0 if is_mean else record.n_draws
     wrapper.take_posterior(saved.folder, record)
+
+
+def is_tuned(record: PosteriorRecord) -> bool:
+    """Whether held-out rows have had a say in the posterior already."""
+    return record.tuned or record.temperature is not None
 
 
 def read_calibration(saved: Saved) -> Calibration | None:

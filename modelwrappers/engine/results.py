@@ -41,7 +41,7 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
     if args.temperature_scaling:
         wrapper.fitted_temperature = _fit_temperature(wrapper)
     if args.calibrate != "no":
-        wrapper.calibration = _calibrate(wrapper)
+        wrapper.calibration, wrapper.calibrated_draws = _calibrate(wrapper), wrapper.final_draws()
     name, split = args.dataset.rpartition(":")[2], args.testing_set
     if split != "train_val":  # the others may name where anchors come from, too
         split = getattr(wrapper.dataset, "eval_split", split)
