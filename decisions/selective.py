@@ -9,12 +9,18 @@ With the calibration rows in order of falling confidence, hypothesis m says that
 answers what lies above the (m+1)-th of them errs more often than r. Given that row's confidence,
 the m rows above it are a sample of what the rule answers, and under the hypothesis their errors
 $e_m$ are no fewer than binomial ones: $p_m = P(\mathrm{Bin}(m, r) \le e_m)$ is an exact p-value.
-Hypotheses are tested in a fixed order, from the fewest rows with which any could be rejected to all
-of them, each at level $\delta$, until one cannot be rejected. If R does not fall where the
-threshold is lowered, the first true one is the one behind the last row above the point $R = r$,
-wherever calibration rows lie, and it is rejected with probability $\delta$ at most. Where R is not
-monotone, the order of its ups and downs may depend on the rows, and the level is approximate. The
-promise is for rows like the calibration rows, never for shifted ones.
+
+Hypotheses are tested in a fixed order, from few rows to all, until one cannot be rejected. As a
+single error among the first few rows would end that, there are J such sequences, which begin at
+m = a, 2a, 4a, ..., each at level $\delta / J$ (Bonferroni); a is the fewest rows that can reject
+anything, and J as large as the number of calibration rows allows. The lowest threshold that any of
+them reaches is taken.
+
+If R does not fall where the threshold is lowered, the first true hypothesis of a sequence is the
+one behind the last row above the point $R = r$, wherever calibration rows lie, and is rejected with
+probability $\delta / J$ at most. Where R is not monotone, the order of its ups and downs may depend
+on the rows, and where scores tie, so may the place at which a sequence begins: there the level is
+approximate. The promise is for rows like the calibration rows, never for shifted ones.
 """
 
 from __future__ import annotations
@@ -57,7 +63,7 @@ def choose_threshold(
     max_risk: float,
     confidence: float,
 ) -> SelectiveThreshold:
-    """The lowest threshold that fixed-sequence testing allows.
+    """The lowest threshold that fixed-sequence testing allows (see above).
 
     Args:
         score: confidence of the calibration rows, (n,): larger is surer.
@@ -71,14 +77,12 @@ def choose_threshold(
     check_level(max_risk, "a largest risk")
     check_level(confidence, "a confidence")
     answered, errors, values = _candidates(score, wrong)
-    p = _p_values(answered, errors, max_risk)
-    least = rows_needed(max_risk, confidence)
-    tested = answered >= least
-    rejected = p[tested] <= 1 - confidence
-    number = int(rejected.argmin()) if not rejected.all() else len(rejected)
-    if number == 0:
-        raise UsageError(_infeasible(answered, errors, len(score), max_risk, confidence, least))
-    last = np.flatnonzero(tested)[number - 1]
+    starts, level = sequences(len(score), max_risk, confidence)
+    rejected = _p_values(answered, errors, max_risk) <= level
+    ends = [_last_rejected(rejected, int(np.searchsorted(answered, start))) for start in starts]
+    last = max((end for end in ends if end is not None), default=None)
+    if last is None:
+        raise UsageError(_infeasible(answered, errors, len(score), max_risk, confidence))
     return SelectiveThreshold(
         float(values[last]),
         max_risk,
@@ -87,6 +91,29 @@ def choose_threshold(
         int(errors[last]),
         len(score),
     )
+
+
+def sequences(number: int, max_risk: float, confidence: float) -> tuple[list[int], float]:
+    """With how many answered rows each sequence of tests begins, and the level of its tests.
+
+    None where there are too few rows for a single one.
+    """
+    starts: list[int] = []
+    level = 1 - confidence
+    while True:
+        more = len(starts) + 1
+        first = rows_needed(max_risk, 1 - (1 - confidence) / more)
+        if first * 2 ** (more - 1) > number:
+            return starts, level
+        starts = [first * 2**j for j in range(more)]
+        level = (1 - confidence) / more
+
+
+def _last_rejected(rejected: Bool[np.ndarray, " m"], first: int) -> int | None:
+    """The last of those that are rejected without a gap from the first one on."""
+    own = rejected[first:]
+    number = len(own) if own.all() else int(own.argmin())
+    return first + number - 1 if number else None
 
 
 def rows_needed(max_risk: float, confidence: float) -> int:
@@ -116,37 +143,36 @@ def _p_values(answered: np.ndarray, errors: np.ndarray, max_risk: float) -> np.n
 
 
 def _infeasible(
-    answered: np.ndarray,
-    errors: np.ndarray,
-    number: int,
-    max_risk: float,
-    confidence: float,
-    least: int,
+    answered: np.ndarray, errors: np.ndarray, number: int, max_risk: float, confidence: float
 ) -> str:
     asked = f"at most {max_risk:g} wrong among the answered, with confidence {confidence:g}"
+    least = rows_needed(max_risk, confidence)
     if number < least:
         return (
             f"{asked}, takes at least {least} calibration rows without an error, but there are "
             f"{number}; calibrate on more rows, or ask for less."
         )
-    possible = _smallest_risk(answered, errors, confidence)
+    possible = _smallest_risk(answered, errors, number, confidence)
     had = (
-        f"with this confidence {possible:.3f} can be had"
+        f"with this confidence {possible:.3f} could have been had"
         if possible is not None
-        else "no other risk can be had with this confidence"
+        else "with this confidence no other risk could have been had"
     )
     return (
         f"{asked}, cannot be shown by {number} calibration rows: among the surest ones too many "
-        f"are wrong; {had}. Ask for that, or calibrate on more rows."
+        f"are wrong; {had}. Ask for more, or calibrate on more rows."
     )
 
 
-def _smallest_risk(answered: np.ndarray, errors: np.ndarray, confidence: float) -> float | None:
-    """The smallest r, in thousandths, whose first hypothesis is rejected."""
+def _smallest_risk(
+    answered: np.ndarray, errors: np.ndarray, number: int, confidence: float
+) -> float | None:
+    """The smallest r, in thousandths, with which a sequence gets over its first test."""
     for thousandths in range(1, 1000):
         risk = thousandths / 1000
-        first = np.flatnonzero(answered >= rows_needed(risk, confidence))
-        if len(first) and _p_values(answered, errors, risk)[first[0]] <= 1 - confidence:
+        starts, level = sequences(number, risk, confidence)
+        first = np.searchsorted(answered, starts)
+        if len(first) and (_p_values(answered[first], errors[first], risk) <= level).any():
             return risk
     return None
 

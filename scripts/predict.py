@@ -79,7 +79,7 @@ def parse_args(argv: list[str]) -> Args:
     sets.add_argument(
         "--max-risk",
         type=above(0, 1),
-        help="answer only where at most this share of answers is wrong",
+        help="answer only where at most this share is wrong",
     )
     sets.add_argument(
         "--confidence", type=above(0, 1), default=0.9, help="with which --max-risk holds"
