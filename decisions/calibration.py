@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,9 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import entr
 
 from decisions import conformal, selective
-from utils.errors import UsageError
+from decisions.conformal import ConformalThresholds
+from decisions.selective import SelectiveRule
+from utils.errors import UsageError, quoted
 
 TOLERANCE = 1e-6  # of a row's probabilities, which add up to 1
 
@@ -33,32 +36,38 @@ class Calibration(NamedTuple):
 
     def set_rule(
         self,
-        level: float,
-        score: str = "lac",
+        coverage: float,
+        score: conformal.Score = "lac",
         per_class: bool = False,
         seed: int = 0,
-        names: Sequence[str] | None = None,
     ) -> SetRule:
         """Sets with that coverage; see `decisions.conformal`.
 
         Raises:
-            UsageError: a wrong level or score, or too few rows.
+            UsageError: a wrong coverage or score, or too few rows.
         """
-        uniform = conformal.uniforms(seed, "calibration", self.index) if score != "lac" else None
-        own = (self.predictive, self.labels, score, level, per_class, uniform, names)
-        return SetRule(conformal.calibrate(*own), seed)
+        thresholds = conformal.calibrate(
+            self.predictive, self.labels, score, per_class, seed, self.index.tolist()
+        )
+        thresholds.thresholds(coverage)  # there are rows enough
+        return SetRule(thresholds, coverage)
 
     def answer_rule(
-        self, max_risk: float, confidence: float, by: str = "max-probability"
+        self,
+        max_risk: float,
+        confidence: float,
+        by: selective.Score = "max_probability",
+        seed: int = 0,
     ) -> AnswerRule:
         """Answers with that error rate; see `decisions.selective`.
 
         Raises:
             UsageError: shares that are none, or a risk that cannot be shown.
         """
-        score = confidences(self.predictive, self.mutual_information, by)
-        wrong = self.predictive.argmax(1) != self.labels
-        return AnswerRule(selective.choose_threshold(score, wrong, max_risk, confidence), by)
+        scores = confidences(self.predictive, self.mutual_information, by)
+        right = self.predictive.argmax(1) == self.labels
+        known = selective.calibrate(scores, right, by, seed, self.index.tolist())
+        return AnswerRule(known.rule(max_risk, confidence), by, max_risk, confidence)
 
     def problem(self, num_classes: int) -> str | None:
         """Why it cannot be the calibration of so many answers, if so; for what a file says."""
@@ -77,59 +86,76 @@ class Calibration(NamedTuple):
 
 
 def confidences(
-    predictive: Float[np.ndarray, "n C"], mutual_information: Float[np.ndarray, " n"], by: str
+    predictive: Float[np.ndarray, "n C"],
+    mutual_information: Float[np.ndarray, " n"],
+    by: selective.Score,
 ) -> Float[np.ndarray, " n"]:
-    """See `selective.confidence_scores`."""
-    return selective.confidence_scores(predictive, entr(predictive).sum(1), mutual_information, by)
+    """How sure each answer is, (n,), larger for surer ones: `selective.selection_score` of what is
+    kept of the draws.
+
+    Raises:
+        UsageError: another score.
+    """
+    if by not in selective.SCORES:
+        raise UsageError(
+            f"The score is {quoted(by)}; it must be one of {', '.join(selective.SCORES)}."
+        )
+    if by == "max_probability":
+        return predictive.max(1)
+    return -(entr(predictive).sum(1) if by == "entropy" else mutual_information)
 
 
 class SetRule(NamedTuple):
     """How sets are made of new rows."""
 
-    thresholds: conformal.Thresholds
-    seed: int
+    thresholds: ConformalThresholds
+    coverage: float
 
     def __call__(
         self, predictive: Float[np.ndarray, "n C"], index: Int[np.ndarray, " n"]
     ) -> Bool[np.ndarray, "n C"]:
         """Which answers each row's set has; none is empty."""
-        is_random = self.thresholds.score != "lac"
-        uniform = conformal.uniforms(self.seed, "new", index) if is_random else None
-        return conformal.sets(predictive, self.thresholds, uniform)
+        return conformal.sets(predictive, self.thresholds, self.coverage, index.tolist())
 
     def promise(self) -> str:
         """What the sets are worth, and on what condition."""
-        of, level = self.thresholds, self.thresholds.level
-        number = int(of.numbers.min())
-        law = conformal.coverage_law(number, level)
-        within = "of each class " if len(of.values) > 1 else ""
+        of, least = self.thresholds, min(self.thresholds.num_rows)
+        low, high = conformal.coverage_law(least, self.coverage).interval
+        within = "of each class " if of.per_class else ""
         return (
-            f"Sets ({of.score}): they have the right answer with probability {level:g} or more, "
-            f"for rows {within}like the {int(of.numbers.sum())} calibration rows (a calibration "
-            f"on {number} rows reaches {law.low:.3f} to {law.high:.3f} in 95 of 100 cases). "
-            "Nothing is promised for a single row, or for rows of another kind."
+            f"Sets ({of.score}): they have the right answer with probability {self.coverage:g} or "
+            f"more, for rows {within}like the {sum(of.num_rows)} calibration rows (a calibration "
+            f"on {least} rows reaches {low:.3f} to {high:.3f} in 95 of 100 cases). Nothing is "
+            "promised for a single row, or for rows of another kind."
         )
 
 
 class AnswerRule(NamedTuple):
     """Which new rows are answered."""
 
-    threshold: selective.SelectiveThreshold
-    by: str
+    rule: SelectiveRule
+    by: selective.Score
+    max_risk: float
+    confidence: float
 
     def __call__(
-        self, predictive: Float[np.ndarray, "n C"], mutual_information: Float[np.ndarray, " n"]
+        self,
+        predictive: Float[np.ndarray, "n C"],
+        mutual_information: Float[np.ndarray, " n"],
+        index: Int[np.ndarray, " n"],
     ) -> Bool[np.ndarray, " n"]:
         """Whether each row is."""
-        return confidences(predictive, mutual_information, self.by) > self.threshold.value
+        scores = confidences(predictive, mutual_information, self.by)
+        return selective.answered(scores, self.rule, index.tolist())
 
     def promise(self) -> str:
         """What the answers are worth, and on what condition."""
-        t = self.threshold
+        rule = self.rule
         return (
-            f"Answers where {self.by} allows: among the answered at most {t.max_risk:g} are wrong, "
-            f"with confidence {t.confidence:g}, for rows like the {t.number} calibration rows, of "
-            f"which {t.answered} would be answered and {t.errors} of those wrongly."
+            f"Answers where {self.by} allows: among the answered at most {self.max_risk:g} are "
+            f"wrong, with confidence {self.confidence:g}, for rows like the {rule.num_rows} "
+            f"calibration rows, of which {rule.num_answered} would be answered and "
+            f"{rule.num_errors} of those wrongly."
         )
 
 
@@ -142,15 +168,15 @@ class Wanted(NamedTuple):
         per_class: whether the coverage holds for the rows of each class.
         max_risk: among answered rows; None: all are answered.
         confidence: with which that holds.
-        confidence_by: one of `selective.CONFIDENCES`.
+        confidence_by: one of `selective.SCORES`.
     """
 
     coverage: float | None = None
-    set_score: str = "lac"
+    set_score: conformal.Score = "lac"
     per_class: bool = False
     max_risk: float | None = None
     confidence: float = 0.9
-    confidence_by: str = "max-probability"
+    confidence_by: selective.Score = "max_probability"
 
     def rules(
         self, calibration: Calibration | None, names: Sequence[str], seed: int
@@ -172,12 +198,28 @@ class Wanted(NamedTuple):
                 "posterior has none: train with --calibrate auto, or load the adapter of a run "
                 "that had --hold-out, with --calibrate auto --max-train-steps 0."
             )
-        rule = answers = None
+        set_rule = answer_rule = None
         if self.coverage is not None:
-            rule = calibration.set_rule(self.coverage, self.set_score, self.per_class, seed, names)
+            with _naming_classes(names):
+                set_rule = calibration.set_rule(self.coverage, self.set_score, self.per_class, seed)
         if self.max_risk is not None:
-            answers = calibration.answer_rule(self.max_risk, self.confidence, self.confidence_by)
-        return rule, answers
+            answer_rule = calibration.answer_rule(
+                self.max_risk, self.confidence, self.confidence_by, seed
+            )
+        return set_rule, answer_rule
+
+
+@contextmanager
+def _naming_classes(names: Sequence[str]) -> Iterator[None]:
+    """Context in which an error says which answers the classes are."""
+    try:
+        yield
+    except UsageError as error:
+        told = str(error)
+        if "class " not in told:
+            raise
+        legend = ", ".join(f"{i} is {quoted(name)}" for i, name in enumerate(names[:20]))
+        raise UsageError(f"{told} (Class {legend}.)") from None
 
 
 def wanted(said: Mapping[str, Any]) -> Wanted:

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import heapq
 import json
+import math
 import os
 import shutil
 import sys
@@ -27,16 +28,22 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from decisions.acquisition import BY_DRAWS, CRITERIA, acquire, check_call, warn_of_cap
-from decisions.acquisition import score as acquisition_score
+from decisions.acquisition import (
+    CRITERIA,
+    OF_INFORMATION,
+    acquire,
+    check_request,
+    row_scores,
+    warn_near_cap,
+)
 from decisions.calibration import Wanted
 from decisions.conformal import SCORES
-from decisions.selective import CONFIDENCES
+from decisions.intervals import clopper_pearson
+from decisions.selective import SCORES as CONFIDENCES
 from utils.args import Args, Parser, above, add_switch, count, positive_int, seed
 from utils.errors import RunError, UsageError, quoted
 from utils.interrupts import Interrupted, interrupts
 from utils.logging import logger, quiet_libraries, setup_logging
-from utils.seeding import mix_seed
 
 if TYPE_CHECKING:
     from modelwrappers.engine.prediction import Predictions
@@ -234,7 +241,7 @@ class Job:
         if examples:
             predictions = predict_window(self.posterior, examples)
             found = Answers.of(predictions).records(self.posterior.answers, *self.rules)
-            answers = iter(self._scored(found, predictions, start))
+            answers = iter(self._scored(found, predictions))
         return [
             {"row": start + i, "input": _jsonable(row)}
             | (next(answers) if example is not None else {"error": problem})
@@ -242,7 +249,7 @@ class Job:
         ]
 
     def _scored(
-        self, records: list[dict[str, Any]], predictions: Predictions, start: int
+        self, records: list[dict[str, Any]], predictions: Predictions
     ) -> list[dict[str, Any]]:
         """With what makes each row worth its label, if that is asked for."""
         args = self.args
@@ -254,8 +261,7 @@ class Job:
             self._rows += predictions.index.tolist()
             return records
         own = None if predictions.num_draws is None else predictions.num_draws.numpy()
-        seed = mix_seed("acquisition", args.seed, start)
-        scores = acquisition_score(draws, args.by, seed, own)
+        scores, _ = row_scores(draws, args.by, args.seed, own, predictions.index.tolist())
         return [
             record | {"score": float(score)} for record, score in zip(records, scores, strict=True)
         ]
@@ -270,7 +276,7 @@ class Job:
             draws = max(1, self.posterior.final_draws())
             if getattr(self.posterior, "has_members", False):
                 draws = max(draws, len(self.posterior.peft_config))
-            check_call(number, draws, self.args.acquire, self.args.by)
+            check_request(number, draws, self.args.acquire, self.args.by)
 
     def chosen(self, output: RowOutput) -> list[dict[str, Any]]:
         """The records of the rows to label, the first one first."""
@@ -278,7 +284,7 @@ class Job:
             found = acquire(
                 np.concatenate(self._draws), self.args.acquire, self.args.by, self.args.seed
             )
-            scores = {self._rows[i]: s for i, s in zip(found.rows, found.scores, strict=True)}
+            scores = {self._rows[i]: s for i, s in zip(found.indices, found.scores, strict=True)}
             records = [
                 r | {"score": float(scores[r["row"]])}
                 for r in output.records()
@@ -290,9 +296,10 @@ class Job:
         best = heapq.nsmallest(
             self.args.acquire, usable, key=lambda record: (-record["score"], record["row"])
         )
-        if self.args.by in BY_DRAWS:
-            most = max(record["mutual_information"] for record in best)
-            warn_of_cap(most, max(record["num_draws"] for record in best))
+        if self.args.by in OF_INFORMATION:
+            fullest = max(best, key=lambda record: record["mutual_information"])
+            what = f"The mutual information of row {fullest['row']}"
+            warn_near_cap(fullest["mutual_information"], fullest["num_draws"], what)
         return best
 
     def tell(self, records: Iterator[dict[str, Any]]) -> None:
@@ -336,7 +343,6 @@ class Summary:
         """What is said at the end."""
         import torch
 
-        from decisions.conformal import share
         from utils.metrics import score
 
         counts, labels = self._counts, self._labels
@@ -353,10 +359,12 @@ class Summary:
             len(labels), *metrics
         )
         if counts["has sets"]:
-            found = share(counts["covered"], len(labels))
+            covered = counts["covered"], len(labels)
+            found = covered[0] / covered[1], *clopper_pearson(*covered)
             yield "In its set is the label of {:.3f} [{:.3f}, {:.3f}] of them.".format(*found)
         if counts["has selection"]:
-            found = share(counts["answered wrongly"], counts["labelled and answered"])
+            wrong = counts["answered wrongly"], counts["labelled and answered"]
+            found = wrong[0] / wrong[1] if wrong[1] else math.nan, *clopper_pearson(*wrong)
             yield "Wrong among the answered: {:.3f} [{:.3f}, {:.3f}].".format(*found)
 
 

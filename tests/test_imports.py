@@ -118,6 +118,11 @@ def test_heavy_optional_libraries_are_imported_where_they_are_used(file):
     assert not found & LAZY - WHERE_NEEDED.get(file, set())
 
 
+def test_decisions_are_made_without_torch():
+    for file in (ROOT / "decisions").glob("*.py"):
+        assert not any(m.split(".")[0] == "torch" for m in imported_modules(tree_of(file))), file
+
+
 def is_private(name: str) -> bool:
     return len(name) > 1 and name[0] == "_" and name[1].isalpha()
 

@@ -17,10 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from decisions.calibration import AnswerRule, Calibration, SetRule, Wanted
-from decisions.information import expected_entropy, predictive_entropy
+from decisions.information import mutual_information, summarise
 from modelwrappers.engine.prediction import Batch, Predictions
 from utils.errors import UsageError
-from utils.metrics import posterior_predictive
 
 if TYPE_CHECKING:
     from modelwrappers.wrapperbase import WrapperBase
@@ -60,13 +59,13 @@ class Answers(NamedTuple):
     @classmethod
     def of(cls, predictions: Predictions) -> Answers:
         """Of the draws of each row."""
-        draws, number = predictions.log_probs.double(), predictions.num_draws  # (n, N, C)
-        log_predictive = posterior_predictive(draws, number).numpy()
+        draws, number = predictions.log_probs.numpy(), predictions.num_draws  # (n, N, C)
         num_draws = number.numpy() if number is not None else np.full(len(draws), draws.shape[1])
+        found = summarise(draws, num_draws)
         return cls(
-            np.exp(log_predictive),
-            predictive_entropy(log_predictive),
-            expected_entropy(draws.numpy(), num_draws),
+            np.exp(found.log_probs),
+            found.entropy,
+            found.expected_entropy,
             num_draws,
             predictions.labels.numpy(),
             predictions.index.numpy(),
@@ -78,7 +77,7 @@ class Answers(NamedTuple):
 
         No more than the log of the number of draws.
         """
-        return np.maximum(self.entropy - self.expected_entropy, 0.0)
+        return mutual_information(self.entropy, self.expected_entropy)
 
     def as_calibration(self) -> Calibration:
         """What a posterior keeps of its calibration rows."""
@@ -101,7 +100,9 @@ class Answers(NamedTuple):
         found = self.predictive.argsort(1)[:, ::-1]  # (n, C), the most probable one first
         information = self.mutual_information
         sets = set_rule(self.predictive, self.index) if set_rule is not None else None
-        answered = answer_rule(self.predictive, information) if answer_rule is not None else None
+        answered = None
+        if answer_rule is not None:
+            answered = answer_rule(self.predictive, information, self.index)
         records = []
         for i, p in enumerate(self.predictive):
             record: dict[str, Any] = {
