@@ -7,7 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dataset.base import DatasetBase, Example, seeded_order
+from dataset.base import DatasetBase, Example
+from dataset.batches import seeded_order
 from dataset.shots import (
     BOUNDARY,
     NO_SHOTS,
