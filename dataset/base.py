@@ -19,11 +19,13 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from dataset.batches import Batches, EvalBatches, TrainBatches, seeded_order
 from dataset.shots import NO_SHOTS, Shots
 from dataset.sources import Row, is_folder, load_rows
+from dataset.tables import table_task
 from dataset.tasks import PUBLISHED_FLAGS, Prompt, Task, check_shifted, find_task
 from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
 from utils.errors import UsageError, described, quoted
 from utils.logging import logger
 from utils.registry import users_code
+from utils.table_task import is_table
 
 Example = dict[str, Any]
 
@@ -90,15 +92,16 @@ class DatasetBase(ABC):
         self.accelerator = accelerator
         self.is_shifted = is_shifted = name is not None
         name = args.dataset if name is None else name
-        self.task = self.find_task(name)
+        source = self._source_of_answers()
+        self.task = self._named(name, "--ood-datasets" if is_shifted else "--dataset", source)
         for flag, published in PUBLISHED_FLAGS.items():
             if getattr(args, flag) == published:
                 self.task = dataclasses.replace(self.task, **self.task.published.get(flag, {}))
         if not is_shifted:
-            self.check_shifted(args)
-        source = args.ood_ori_dataset or (args.dataset if is_shifted else None)
-        if source is not None and (self.target_ids_are_tokens or not is_shifted):
-            self._take_answers_of(self.find_task(source))
+            check_shifted(args, self.tasks)
+        is_settled = self.task.table is not None  # a table was read with the source's answers
+        if source is not None and not is_settled and (self.target_ids_are_tokens or not is_shifted):
+            self._take_answers_of(source)
         self.eval_split = EVALUATED.get(args.testing_set, args.testing_set)
         if is_shifted and args.testing_set == "train_val":
             self.eval_split = "val"
@@ -113,15 +116,34 @@ class DatasetBase(ABC):
         if not accelerator.is_local_main_process:
             self.tokenizer = tokenizer or load_tokenizer(args)
 
-    @classmethod
-    def find_task(cls, name: str) -> Task:
-        """The record of a data set; see `dataset.tasks.find_task`."""
-        return find_task(name, cls.tasks)
+    def _named(self, name: str, flag: str, source: Task | None = None) -> Task:
+        """The record of a data set; of a table with the answers of `source`, if there is one."""
+        if is_table(name):
+            return table_task(self.args, name, flag, source)
+        return find_task(name, self.tasks)
 
-    @classmethod
-    def check_shifted(cls, args) -> None:
-        """See `dataset.tasks.check_shifted`."""
-        check_shifted(args, cls.tasks)
+    def _source_of_answers(self) -> Task | None:
+        """The data set that the adapter was or will be trained on, where this one is another.
+
+        Raises:
+            UsageError: it cannot be found.
+        """
+        args = self.args
+        if args.ood_ori_dataset is not None:
+            return self._named(args.ood_ori_dataset, "--ood-ori-dataset")
+        if self.is_shifted:
+            return self._named(args.dataset, "--dataset")
+        trains = args.max_train_steps or args.n_epochs
+        if trains or not is_table(args.dataset) or not is_table(args.adapter_dataset):
+            return None
+        # Which class is which was read off the adapter's table: this one may lack some of them.
+        try:
+            return self._named(args.adapter_dataset, "--load-lora-path")
+        except UsageError as error:
+            raise UsageError(
+                f"{error} The adapter was trained on that table, whose classes are needed: say by "
+                "--ood-ori-dataset where it is now."
+            ) from None
 
     def _take_answers_of(self, source: Task) -> None:
         """Let the answers be those that the adapter was trained on, where they agree with ours.

@@ -1,6 +1,7 @@
 """Where rows come from: the hub, local files in the hub's schema, or the embedded corpus.
 
-A row is a plain dict in the hub's own columns. `load_rows` also says where each row stands, so that
+A row is a plain dict in the hub's own columns, or in those of a user's own table, which `read_rows`
+reads (`dataset.tables` makes a task of it). `load_rows` also says where each row stands, so that
 a message about a bad row can name its file and line. A file gives all of its rows or an error:
 nothing that cannot be read is passed over.
 """
@@ -21,9 +22,9 @@ from utils.errors import UsageError, described, quoted
 from utils.hub import go_offline_if_unreachable
 from utils.records import parse_json, read_text
 from utils.registry import users_code
+from utils.table_task import SUFFIXES
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MOST_BYTES = 4 * 2**30  # of one file of rows; all of them are held in memory
 
 
@@ -146,7 +147,7 @@ def _local_rows(folder: Path, split: str, texts: set[str]) -> list[tuple[str, Ro
             "clear which rows are meant."
         )
     file = folder / found[0]
-    rows = list(_READERS[file.suffix](file))
+    rows = list(read_rows(file, "--data-dir"))
     if file.suffix == ".csv":
         rows = [
             (where, {key: cell if key in texts else _nested(cell) for key, cell in row.items()})
@@ -157,33 +158,47 @@ def _local_rows(folder: Path, split: str, texts: set[str]) -> list[tuple[str, Ro
     return rows
 
 
-def _text(file: Path) -> str:
+def read_rows(file: Path, what: str) -> Iterator[tuple[str, Row]]:
+    """(where, row) of a file whose ending, in any case, is one of `SUFFIXES`.
+
+    The cells of a CSV are text; those of the other formats have their types.
+
+    Args:
+        file: of rows.
+        what: the flag that names it, for messages.
+    Raises:
+        UsageError: it cannot be read, or a row is broken; file and line are named.
+    """
+    return _READERS[file.suffix.lower()](file, what)
+
+
+def _text(file: Path, what: str) -> str:
     """The file's text, without the mark that Excel and some editors begin with."""
-    return read_text(file, "--data-dir", MOST_BYTES).removeprefix("\ufeff")
+    return read_text(file, what, MOST_BYTES).removeprefix("\ufeff")
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Row]]:
+def _read_jsonl(file: Path, what: str) -> Iterator[tuple[str, Row]]:
     # not splitlines(), which also cuts at line separators that JSON allows inside of a string
-    for number, line in enumerate(io.StringIO(_text(file), newline=None), 1):
+    for number, line in enumerate(io.StringIO(_text(file, what), newline=None), 1):
         if line.strip():
             where = f"{file}:{number}"
             yield where, _as_row(_parse(line, where), where)
 
 
-def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
-    content = _parse(_text(file), str(file))
+def _read_json(file: Path, what: str) -> Iterator[tuple[str, Row]]:
+    content = _parse(_text(file, what), str(file))
     if not isinstance(content, list):
         raise UsageError(f"{file} must hold a list of objects, one per row.")
     for number, row in enumerate(content, 1):
         yield f"{file} row {number}", _as_row(row, f"{file} row {number}")
 
 
-def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
+def _read_csv(file: Path, what: str) -> Iterator[tuple[str, Row]]:
     """Rows of a CSV, strictly: a row has the header's number of cells, and its quotes are closed.
 
     Columns without a name, such as the index that pandas writes, are left out; so are empty lines.
     """
-    text = _text(file)
+    text = _text(file, what)
     if "\0" in text:
         raise UsageError(f"{file} holds NUL characters; is it UTF-16? Convert it to UTF-8.")
     header: list[str] | None = None
@@ -248,10 +263,10 @@ def _nested(cell: str) -> Any:
     return cell
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
+def _read_parquet(file: Path, what: str) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet
 
-    _check_ordinary(file)
+    _check_ordinary(file, what)
     try:
         with pyarrow.parquet.ParquetFile(file) as content:  # no columns out of the folders' names
             table = content.read()
@@ -269,13 +284,15 @@ def _or_none(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _check_ordinary(file: Path) -> None:
+def _check_ordinary(file: Path, what: str) -> None:
     """A pipe would wait for ever for somebody to write into it."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise UsageError(f"--data-dir: {file} is no ordinary file; a file is needed.")
-    except OSError as error:
-        raise UsageError(f"--data-dir: {file} cannot be read ({error.strerror}).") from None
+        mode = file.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{what}: {file} cannot be read ({reason}).") from None
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{what}: {file} is no ordinary file; a file is needed.")
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -309,7 +326,7 @@ def _as_row(value: Any, where: str) -> Row:
     return value
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

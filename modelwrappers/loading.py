@@ -27,6 +27,7 @@ from utils.args import settings_of
 from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.registry import names_code
+from utils.run_paths import data_set_name
 
 
 def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None) -> WrapperBase:
@@ -137,7 +138,7 @@ def load_posterior(
     wrapper = build_wrapper(args, len(record.choices), accelerator, saved)
     _take_answers(wrapper, record, where)
     wrapper.results = {name: scores.model_dump() for name, scores in record.metrics.items()}
-    wrapper.prompt = record.prompt
+    wrapper.prompt, wrapper.table_task = record.prompt, record.task
     wrapper.temperature = wrapper.fitted_temperature
     if wrapper.temperature is not None:
         logger.info("Predictions are scaled by the fitted temperature %.4f.", wrapper.temperature)
@@ -149,7 +150,7 @@ def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict
     settings = {
         **record.model_dump(include={*BASE_MODEL_FLAGS, "dataset_type"}),
         **record.rows.model_dump(),
-        "dataset": record.dataset.rpartition(":")[2],  # a name: nothing is looked up
+        "dataset": data_set_name(record.dataset),  # a name: nothing is looked up
     }
     if not _is_by(record, wrapper_class):  # only the adapter is taken
         return settings

@@ -41,6 +41,7 @@ from utils.records import Record, as_record
 from utils.run_folder import RunFolder
 from utils.run_paths import check_data_set_name, run_folder_path
 from utils.seeding import mix_seed
+from utils.table_task import TableTask
 
 
 class WrapperBase(ClassLogits, PeftModel):
@@ -101,6 +102,7 @@ class WrapperBase(ClassLogits, PeftModel):
         # what is predicted
         self.answers: list[str] | None = None  # the C choices, in label order
         self.prompt: posterior.Prompt | None = None  # what a row looks like
+        self.table_task: TableTask | None = None  # what a user's own table asks
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
         # of `prepare_for_fit_evaluate`
@@ -333,6 +335,7 @@ class WrapperBase(ClassLogits, PeftModel):
             self.target_ids = dataset.target_ids.to(self.accelerator.device)
         if hasattr(dataset, "task"):
             self.answers = list(dataset.task.choices)
+            self.table_task = getattr(dataset.task, "table", None)
         if (example := getattr(dataset, "shown_example", lambda: None)()) is not None:
             self.prompt = posterior.Prompt(**example)
         if not self.is_causal and getattr(dataset, "pad_token_id", None) is not None:

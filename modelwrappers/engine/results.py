@@ -22,7 +22,7 @@ from utils.errors import RunError
 from utils.interrupts import interrupts
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
-from utils.run_paths import predictions_file
+from utils.run_paths import data_set_name, predictions_file
 from utils.temperature import fit_temperature, scale
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
     args = wrapper.args
     if args.temperature_scaling:
         wrapper.fitted_temperature = _fit_temperature(wrapper)
-    name, split = args.dataset.rpartition(":")[2], args.testing_set
+    name, split = data_set_name(args.dataset), args.testing_set
     if split != "train_val":  # the others may name where anchors come from, too
         split = getattr(wrapper.dataset, "eval_split", split)
     metrics = _score_and_keep(wrapper, wrapper.eval_loader, name, split, predictions_file())
@@ -84,7 +84,7 @@ def _finish(wrapper: WrapperBase, training_seconds: float) -> None:
 def _fit_temperature(wrapper: WrapperBase) -> float:
     """T from predictions on the part of the training set that was held out; they are kept."""
     predictions = wrapper.predict(wrapper.held_out_loader)
-    name = wrapper.args.dataset.rpartition(":")[2]
+    name = data_set_name(wrapper.args.dataset)
     _write_predictions(wrapper, predictions, name, "held_out", predictions_file("held_out"))
     return fit_temperature(predictions.log_probs, predictions.labels, predictions.num_draws)
 
