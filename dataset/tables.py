@@ -255,9 +255,9 @@ class Table:
         for side, rows in sides.items():
             if not rows:
                 raise UsageError(
-                    f"the {len(self.own)} rows of {self.record.name} leave none for {side}: about "
-                    f"{VALIDATION_SHARE:.0%} are taken for validation, by what they say, and this "
-                    "table is too small for that. Pass --val-file, or another --seed-split."
+                    f"its {len(self.own)} rows leave none for the split {side}: about "
+                    f"{VALIDATION_SHARE:.0%} are taken for validation, by what they say, and there "
+                    "are too few rows for that. Pass --val-file, or another --seed-split."
                 )
         return sides[split]
 
