@@ -37,7 +37,7 @@ from utils.logging import (
     quiet_libraries,
     setup_logging,
 )
-from utils.run_paths import run_folder_path
+from utils.run_paths import data_set_name, run_folder_path
 from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
 
 # Torch and the libraries on it take seconds to import: functions that run after the call was
@@ -265,7 +265,7 @@ def kept_metrics(folder: RunFolder, args: Args) -> Metrics:
     from utils.metrics import Metrics
 
     file = folder.path / METRICS_FILE
-    name = args.dataset.rpartition(":")[2]
+    name = data_set_name(args.dataset)
     blocks = read_metrics_record(file, "--log-path").datasets
     if name not in blocks:
         raise UsageError(

@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from dataset.batches import Batches, EvalBatches, TrainBatches, seeded_order
 from dataset.shots import NO_SHOTS, Shots
 from dataset.sources import Row, is_folder, load_rows
+from dataset.tables import table_task
 from dataset.tasks import PUBLISHED_FLAGS, Prompt, Task, check_shifted, find_task
 from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
 from utils.errors import UsageError, described, quoted
 from utils.logging import logger
 from utils.registry import users_code
-from utils.seeding import mix_seed
+from utils.table_task import is_table
 
 if TYPE_CHECKING:
     from dataset.reading import RowReader
@@ -65,101 +67,17 @@ def load_tokenizer(args) -> PreTrainedTokenizerBase:
 EVALUATED = {"train_val": "train", "train_train_val": "val", "train_val_val": "val"}
 
 
-def seeded_order(number: int, purpose: str, seed: int) -> list[int]:
-    """A permutation that depends on its arguments only."""
-    generator = torch.Generator().manual_seed(mix_seed(purpose, seed))
-    return torch.randperm(number, generator=generator).tolist()
-
-
-class TrainBatches(Sampler[list[int]]):
-    """The batches of one epoch for this process: a permutation seeded by (seed, epoch).
-
-    All processes draw the same permutation and take every `num_processes`-th row of each global
-    batch. The last global batch is filled up from the permutation's start until the processes have
-    equally many rows. `first_batch` lets a resumed run begin inside an epoch without reading what
-    it has seen.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        num_processes: int = 1,
-        shuffle: bool = True,
-    ) -> None:
-        self.shuffle = shuffle
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.num_processes = num_processes
-        self.epoch = 0
-        self.first_batch = 0
-
-    def set_position(self, epoch: int, first_batch: int = 0) -> None:
-        """Iterate `epoch` next, from its batch `first_batch` on."""
-        self.epoch = epoch
-        self.first_batch = first_batch
-
-    def __len__(self) -> int:
-        """Batches per epoch and process."""
-        return -(-self.num_rows // (self.batch_size * self.num_processes))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(mix_seed("training order", self.seed, self.epoch))
-        order = torch.randperm(self.num_rows, generator=generator).tolist()
-        if not self.shuffle:
-            order = list(range(self.num_rows))
-        missing = -len(order) % self.num_processes
-        order += (order * self.num_processes)[:missing]
-        step = self.batch_size * self.num_processes
-        for start in range(self.first_batch * step, len(order), step):
-            yield order[start : start + step][self.rank :: self.num_processes]
-
-
-class Batches(DataLoader):
-    """Batches of a data set, and the answers that they are about.
-
-    Attributes:
-        target_ids: (C,) answer tokens of a causal LM; None for a classifier.
-    """
-
-    def __init__(self, target_ids: Tensor | None, *args, **kwargs) -> None:
-        self.target_ids = target_ids
-        super().__init__(*args, **kwargs)
-
-
-class EvalBatches(Sampler[list[int]]):
-    """Batches of rows of similar length, the longest first, shared out over the processes.
-
-    A batch holds the same rows however many processes there are, so noise that is seeded by a
-    batch's first row gives the same predictions on one process and on many. Where the batches do
-    not divide evenly, some process runs the last one a second time (sharded models need equally
-    many forwards everywhere); predictions are put back by row index, so nothing counts twice.
-    """
-
-    def __init__(
-        self, lengths: list[int], batch_size: int, rank: int = 0, num_processes: int = 1
-    ) -> None:
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        self.rank = rank
-        self.num_processes = num_processes
-
-    def __len__(self) -> int:
-        return -(-len(self.batches) // self.num_processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for i in range(len(self)):
-            yield self.batches[min(i * self.num_processes + self.rank, len(self.batches) - 1)]
-
-
 class DatasetBase(ABC):
     """A task as batches: `dict[str, Tensor]` with the keys that both kinds of data set share.
 
     `input_ids (B, T)`, `attention_mask (B, T)`, `labels (B,)`, `index (B,)`: the row in its split.
+
+    Args:
+        args: flags.
+        accelerator: of this process.
+        tokenizer: None: the one that the flags name.
+        name: of one of --ood-datasets; None: --dataset.
+        task: the record, where it is known already: that of a saved posterior.
 
     Attributes:
         tasks: this kind's table of `Task` records.
@@ -185,15 +103,17 @@ class DatasetBase(ABC):
         self.accelerator = accelerator
         self.is_shifted = is_shifted = name is not None
         name = args.dataset if name is None else name
-        self.task = self.find_task(name) if task is None else task
+        source = self._source_of_answers() if task is None else None
+        flag = "--ood-datasets" if is_shifted else "--dataset"
+        self.task = self._named(name, flag, source) if task is None else task
         for flag, published in PUBLISHED_FLAGS.items():
             if getattr(args, flag) == published:
                 self.task = dataclasses.replace(self.task, **self.task.published.get(flag, {}))
         if not is_shifted and task is None:
-            self.check_shifted(args)
-        source = args.ood_ori_dataset or (args.dataset if is_shifted else None)
-        if source is not None and (self.target_ids_are_tokens or not is_shifted):
-            self._take_answers_of(self.find_task(source))
+            check_shifted(args, self.tasks)
+        is_settled = self.task.table is not None  # a table was read with the source's answers
+        if source is not None and not is_settled and (self.target_ids_are_tokens or not is_shifted):
+            self._take_answers_of(source)
         self.eval_split = EVALUATED.get(args.testing_set, args.testing_set)
         if is_shifted and args.testing_set == "train_val":
             self.eval_split = "val"
@@ -208,15 +128,34 @@ class DatasetBase(ABC):
         if not accelerator.is_local_main_process:
             self.tokenizer = tokenizer or load_tokenizer(args)
 
-    @classmethod
-    def find_task(cls, name: str) -> Task:
-        """The record of a data set; see `dataset.tasks.find_task`."""
-        return find_task(name, cls.tasks)
+    def _named(self, name: str, flag: str, source: Task | None = None) -> Task:
+        """The record of a data set; of a table with the answers of `source`, if there is one."""
+        if is_table(name):
+            return table_task(self.args, name, flag, source)
+        return find_task(name, self.tasks)
 
-    @classmethod
-    def check_shifted(cls, args) -> None:
-        """See `dataset.tasks.check_shifted`."""
-        check_shifted(args, cls.tasks)
+    def _source_of_answers(self) -> Task | None:
+        """The data set that the adapter was or will be trained on, where this one is another.
+
+        Raises:
+            UsageError: it cannot be found.
+        """
+        args = self.args
+        if args.ood_ori_dataset is not None:
+            return self._named(args.ood_ori_dataset, "--ood-ori-dataset")
+        if self.is_shifted:
+            return self._named(args.dataset, "--dataset")
+        trains = args.max_train_steps or args.n_epochs
+        if trains or not is_table(args.dataset) or not is_table(args.adapter_dataset):
+            return None
+        # Which class is which was read off the adapter's table: this one may lack some of them.
+        try:
+            return self._named(args.adapter_dataset, "--load-lora-path")
+        except UsageError as error:
+            raise UsageError(
+                f"{error} The adapter was trained on that table, whose classes are needed: say by "
+                "--ood-ori-dataset where it is now."
+            ) from None
 
     def _take_answers_of(self, source: Task) -> None:
         """Let the answers be those that the adapter was trained on, where they agree with ours.

@@ -22,7 +22,6 @@ from utils.errors import UsageError, described, quoted
 from utils.records import parse_json, read_text
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 FORMATS = ("jsonl", "json", "csv", "parquet", "txt")
 MOST_BYTES = 4 * 2**30  # of a file whose rows are all held in memory
 LONGEST_LINE = 64 * 2**20  # characters: a row, not a file without line ends
@@ -42,6 +41,24 @@ class Read(NamedTuple):
     problem: str | None = None
 
 
+def read_rows(file: Path, what: str) -> Iterator[tuple[str, Row]]:
+    """(where, row) of a file whose ending, in any case, says what it holds.
+
+    The cells of a CSV are text; those of the other formats have their types.
+
+    Args:
+        file: of rows.
+        what: the flag that names it, for messages.
+    Raises:
+        UsageError: it cannot be read, or a row is broken; file and line are named.
+    """
+    check_file(file, what, MOST_BYTES)
+    for where, row, problem in _readable(file, file.suffix.lower()[1:], str(file), what):
+        if problem is not None:
+            raise UsageError(problem)
+        yield where, row
+
+
 def rows_of_file(file: Path, what: str, texts: Collection[str] = ()) -> list[tuple[str, Row]]:
     """(where, row) of all rows of a file.
 
@@ -52,12 +69,9 @@ def rows_of_file(file: Path, what: str, texts: Collection[str] = ()) -> list[tup
     Raises:
         UsageError: it cannot be read, it has no rows, or the first row that breaks a rule.
     """
-    check_file(file, what, MOST_BYTES)
-    rows = []
-    for where, row, problem in stream_rows(file, file.suffix.lower()[1:], str(file), what, texts):
-        if problem is not None:
-            raise UsageError(problem)
-        rows.append((where, row))
+    rows = list(read_rows(file, what))
+    if file.suffix.lower() == ".csv":
+        rows = [(where, _unfolded(row, texts)) for where, row in rows]
     if not rows:
         raise UsageError(f"{file} has no rows; it needs at least one.")
     return rows
@@ -77,12 +91,13 @@ def stream_rows(
     Raises:
         UsageError: the file cannot be read any further.
     """
+    for read in _readable(file, form, shown, what):
+        yield read._replace(row=_unfolded(read.row, texts)) if form == "csv" else read
+
+
+def _readable(file: Path, form: str, shown: str, what: str) -> Iterator[Read]:
     try:
-        for read in _READERS[form](file, shown, what):
-            if form == "csv":
-                cells = {k: v if k in texts else _nested(v) for k, v in read.row.items()}
-                read = read._replace(row=cells)
-            yield read
+        yield from _READERS[form](file, shown, what)
     except OSError as error:
         raise UsageError(f"{what}: {shown} cannot be read ({error.strerror}).") from None
 
@@ -230,6 +245,10 @@ def _check_columns(names: list[str], where: str) -> None:
     twice = _first_repeated(names)
     if twice is not None:
         raise UsageError(f"{where}: the column {quoted(twice)} stands there twice.")
+
+
+def _unfolded(row: Row, texts: Collection[str]) -> Row:
+    return {key: cell if key in texts else _nested(cell) for key, cell in row.items()}
 
 
 def _nested(cell: str) -> Any:

@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dataset.base import DatasetBase, Example, seeded_order
+from dataset.base import DatasetBase, Example
+from dataset.batches import seeded_order
 from dataset.shots import (
     BOUNDARY,
     NO_SHOTS,
@@ -63,7 +64,7 @@ class MultipleChoice(DatasetBase):
                 raise UsageError(
                     f"the answer '{word}' of {self.task.name} is not one token of "
                     f"{self.args.model}'s tokenizer (it gives {encoded[0]}); multiple choice needs "
-                    "answers of one token each: choose other words in the task, or another model."
+                    f"answers of one token each: {self._other_words}, or another model."
                 )
             tokens[word] = single[0]
         if len(set(tokens.values())) < len(tokens):
@@ -72,6 +73,17 @@ class MultipleChoice(DatasetBase):
                 f"tokenizer: {tokens}; they cannot be told apart."
             )
         return list(tokens.values())
+
+    @property
+    def _other_words(self) -> str:
+        """What can be done about answers that are no tokens."""
+        if self.task.table is None:
+            return "choose other words in the task"
+        classes = ", ".join(self.task.table.choices)
+        return (
+            f"pass --answer-words, one for each class in this order: {quoted(classes, 400)}; or "
+            "train a classifier, whose classes may have any names (--dataset-type bertds)"
+        )
 
     @cached_property
     def shots(self) -> Shots:

@@ -10,9 +10,11 @@ from torch import Tensor
 from dataset import DATASETS
 from dataset.base import DatasetBase, Example
 from dataset.sources import Row
-from dataset.tasks import Task
+from dataset.tables import task_of
+from dataset.tasks import Task, find_task
 from utils.errors import UsageError, quoted
 from utils.logging import logger
+from utils.table_task import TableTask, is_table
 
 UNLABELLED = -1  # what stands in `labels` where nobody knows the answer
 
@@ -132,7 +134,7 @@ def reader_of(
     accelerator,
     choices: Sequence[str],
     shots: str = "",
-    task: Task | None = None,
+    table: TableTask | None = None,
     example_tokens: Sequence[int] = (),
 ) -> RowReader:
     """How the rows of a saved posterior's task become tokens.
@@ -142,13 +144,18 @@ def reader_of(
         accelerator: of this process.
         choices: the posterior's answers, in label order.
         shots: the solved examples in front of every prompt.
-        task: its record, where it is not one of the tables.
+        table: what a user's own table asks, if the posterior was trained on one.
         example_tokens: of the task's own example when the posterior was trained; none: not known.
     Raises:
         UsageError: the task is unknown, or has other answers than the posterior.
     """
     kind = DATASETS[args.dataset_type]
-    task = task or kind.find_task(args.dataset)
+    if is_table(args.dataset) and table is None:
+        raise UsageError(
+            f"the data set {quoted(args.dataset)} is a table, but the posterior's record does not "
+            "say how its rows are read; name a task of that name, or FILE.py:NAME."
+        )
+    task = task_of(table, args.dataset_type) if table else find_task(args.dataset, kind.tasks)
     splits = [split for split in task.splits if split != "shots"]
     evaluated = args.testing_set if args.testing_set in splits else splits[0]
     args = args.replaced(testing_set=evaluated, ood_ori_dataset=None, ood_datasets=None)

@@ -1,6 +1,7 @@
 """Where rows come from: the hub, local files in the hub's schema, or the embedded corpus.
 
-A row is a plain dict in the hub's own columns. `load_rows` also says where each row stands, so that
+A row is a plain dict in the hub's own columns, or in those of a user's own table
+(`dataset.tables` makes a task of it). `load_rows` also says where each row stands, so that
 a message about a bad row can name its file and line. A file gives all of its rows or an error:
 nothing that cannot be read is passed over.
 """
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.files import SUFFIXES, Row, as_row, rows_of_file
+from dataset.files import Row, as_row, rows_of_file
 from utils.embedded import bbc_articles
 from utils.errors import UsageError, described, quoted
 from utils.hub import go_offline_if_unreachable
 from utils.registry import users_code
+from utils.table_task import SUFFIXES
 
 
 @dataclass(frozen=True)

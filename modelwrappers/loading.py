@@ -30,6 +30,7 @@ from utils.args import settings_of
 from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.registry import names_code
+from utils.run_paths import data_set_name
 
 
 def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None) -> WrapperBase:
@@ -158,7 +159,7 @@ def load_posterior(
     wrapper = build_wrapper(args, len(record.choices), accelerator, saved)
     _take_answers(wrapper, record, where)
     wrapper.results = {name: scores.model_dump() for name, scores in record.metrics.items()}
-    wrapper.prompt = record.prompt
+    wrapper.prompt, wrapper.table_task = record.prompt, record.task
     wrapper.read_rows_by(partial(_reader, wrapper, record, dataset, where))
     if shared_draws:
         _check_shared(wrapper)
@@ -173,7 +174,7 @@ def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict
     settings = {
         **record.model_dump(include={*BASE_MODEL_FLAGS, "dataset_type"}),
         **record.rows.model_dump(),
-        "dataset": record.dataset.rpartition(":")[2],  # a name: nothing is looked up
+        "dataset": data_set_name(record.dataset),  # a name: nothing is looked up
     }
     if not _is_by(record, wrapper_class):  # only the adapter is taken
         return settings
@@ -225,6 +226,7 @@ def _reader(wrapper: WrapperBase, record: PosteriorRecord, dataset: str | None, 
         wrapper.accelerator,
         record.choices,
         shots=record.prompt.shots if record.prompt is not None else "",
+        table=record.task if dataset is None else None,
         example_tokens=record.prompt.input_ids if record.prompt is not None else (),
     )
     own = wrapper.target_ids

@@ -44,6 +44,7 @@ from utils.records import Record, as_record
 from utils.run_folder import RunFolder
 from utils.run_paths import check_data_set_name, run_folder_path
 from utils.seeding import mix_seed
+from utils.table_task import TableTask
 
 
 class WrapperBase(ClassLogits, PeftModel):
@@ -104,6 +105,7 @@ class WrapperBase(ClassLogits, PeftModel):
         # what is predicted
         self.answers: list[str] | None = None  # the C choices, in label order
         self.prompt: posterior.Prompt | None = None  # what a row looks like
+        self.table_task: TableTask | None = None  # what a user's own table asks
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
         self.is_tuned = type(self).tunes_on_held_out(args)
@@ -355,6 +357,7 @@ class WrapperBase(ClassLogits, PeftModel):
             self.target_ids = dataset.target_ids.to(self.accelerator.device)
         if hasattr(dataset, "task"):
             self.answers = list(dataset.task.choices)
+            self.table_task = getattr(dataset.task, "table", None)
         if hasattr(dataset, "reader"):
             self.read_rows_by(dataset.reader)
         if (example := getattr(dataset, "shown_example", lambda: None)()) is not None:

@@ -16,7 +16,7 @@ from report.escape import LONGEST_TEXT, shorten
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
 from utils.errors import UsageError, quoted
 from utils.records import Count, Record, read_bytes
-from utils.run_paths import NOT_RUNS
+from utils.run_paths import NOT_RUNS, data_set_name
 from utils.run_records import (
     ARGS_FILE,
     HISTORY_FILE,
@@ -360,7 +360,7 @@ def _adapter(path: str, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _data_set(args: dict[str, Any], flag: str = "dataset") -> str:
-    return _text(args, flag).rpartition(":")[2]
+    return data_set_name(_text(args, flag))
 
 
 def _settings(args: dict[str, Any]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_what_is_asked_for_must_be_possible(flags):
         ({"coverage": 1.5}, "between 0 and 1"),
         ({"coverage": 0.9, "set_score": "best"}, "must be one of lac, aps, raps"),
         ({"coverage": 0.9, "per_class": True}, "class 1 has 0.*1 is 'entertainment'"),
-        ({"max_risk": 0.01}, "at least 230 calibration rows"),
+        ({"max_risk": 0.01}, "takes 230 calibration rows"),
         ({"max_risk": 0.0}, "between 0 and 1"),
         ({"max_risk": 0.3, "confidence": 1.0}, "between 0 and 1"),
         ({"max_risk": 0.9, "confidence_by": "height"}, "must be one of"),

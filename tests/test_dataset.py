@@ -13,7 +13,7 @@ import torch
 from conftest import topic_rows, write_jsonl
 
 from dataset import MultipleChoice, SequenceClassification
-from dataset.base import EvalBatches, TrainBatches
+from dataset.batches import EvalBatches, TrainBatches
 from dataset.sources import load_rows
 from dataset.tasks import CLASSIFICATION_TASKS, MULTIPLE_CHOICE_TASKS
 from main import main, parse_args

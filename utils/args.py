@@ -46,6 +46,14 @@ from utils.parser import (
 )
 from utils.registry import names_code
 from utils.run_records import read_run_record
+from utils.table_task import (
+    COLUMN_FLAGS,
+    FILE_FLAGS,
+    check_kept_split,
+    check_table_flags,
+    is_table,
+    same_data_set,
+)
 
 # What methods, scripts and tests take from here, whichever file it lies in.
 __all__ = [
@@ -80,6 +88,7 @@ ADOPTED = (
     ("model", "load_model_path"),
     ("dtype",),
     ("dataset", "data_dir", "limit_train"),
+    *((name,) for name in (*COLUMN_FLAGS, *FILE_FLAGS)),
     ("max_seq_len",),
     ("num_shots",),
     ("seed_split",),
@@ -232,6 +241,8 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
                 f"{quoted(value)} is named by a file only: pass {flag} yourself."
             )
     _match_types(args)
+    check_table_flags(args)
+    check_kept_split(args, trained)
     if args.prefix_cache == "on" and args.model_type == "seqcls":
         raise UsageError(
             "--prefix-cache on keeps what a causal LM computes for the tokens that prompts share, "
@@ -353,6 +364,11 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
         decisive = group if group in ALTERNATIVES else group[:1]
         if is_preset or any(name in args.given for name in decisive):
             continue
+        # of a table: its columns fit another one, its files do not
+        if group[0] in COLUMN_FLAGS and not is_table(args.dataset):
+            continue
+        if group[0] in FILE_FLAGS and not same_data_set(args.dataset, dataset):
+            continue
         for name in group:
             if name not in args.given and name in trained:
                 setattr(args, name, trained[name])
@@ -360,7 +376,9 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
 
 
 # Which rows are held out depends on these.
-SPLIT_FLAGS = ("data_dir", "limit_train", "held_out", "seed_split", "num_shots")
+SPLIT_FLAGS = (
+    *("data_dir", "limit_train", "held_out", "seed_split", "num_shots", "val_file", "text_column"),
+)
 
 
 def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
@@ -378,7 +396,7 @@ def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
     if flag is not None and args.hold_out is False:
         raise UsageError(f"{flag} needs held-out rows, but --hold-out is false; drop that.")
     wanted = bool(args.hold_out or flag is not None)
-    if args.load_lora_path is not None and args.dataset == trained.get("dataset"):
+    if args.load_lora_path is not None and same_data_set(args.dataset, trained.get("dataset")):
         held_out = trained.get("hold_out", False)
         changed = [name for name in SPLIT_FLAGS if getattr(args, name) != trained.get(name)]
         if wanted and not held_out:
@@ -482,7 +500,9 @@ def check_own_data(args: Args) -> None:
         UsageError: --dataset is a shifted set.
     """
     source = args.ood_ori_dataset or args.adapter_dataset
-    if args.load_lora_path is not None and source not in (None, args.dataset):
+    if args.load_lora_path is None or source is None:
+        return
+    if not same_data_set(source, args.dataset):
         raise UsageError(
             f"--modelwrapper {args.modelwrapper} fits the posterior on the adapter's own data, "
             f"{source}, but --dataset is {args.dataset}; pass --dataset {source} "

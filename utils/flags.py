@@ -19,6 +19,7 @@ from utils.parser import (
     optional,
     positive_int,
     seed,
+    template,
     text,
     whole,
 )
@@ -80,7 +81,7 @@ def add_first_arguments(parser: argparse.ArgumentParser) -> None:
         *("--dataset", "--task"),
         type=text,
         metavar="NAME",
-        help="a data set's name, or FILE.py:NAME",
+        help="a data set's name, a table's file, or FILE.py:NAME",
     )
     run.add_argument(
         "--dataset-type",
@@ -278,6 +279,38 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
+    data.add_argument(
+        "--text-column",
+        nargs="+",
+        type=text,
+        metavar="COLUMN",
+        help="of a table as --dataset: its text, one column or two",
+    )
+    data.add_argument(
+        "--label-column", type=text, metavar="COLUMN", help="of a table: whose cells are classes"
+    )
+    data.add_argument(
+        "--prompt",
+        type=template,
+        metavar="TEMPLATE",
+        help="of a table's rows, with {column} for a cell (default: a plain one)",
+    )
+    data.add_argument(
+        "--answer-words",
+        nargs="+",
+        type=text,
+        metavar="WORD",
+        help="one for each of a table's classes, in order (default: the classes)",
+    )
+    data.add_argument(
+        "--val-file",
+        type=text,
+        metavar="FILE",
+        help="table to evaluate (default: a fifth of the one in --dataset)",
+    )
+    data.add_argument(
+        "--test-file", type=text, metavar="FILE", help="table that --testing-set test evaluates"
+    )
     data.add_argument(
         "--data-dir",
         type=text,

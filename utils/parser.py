@@ -40,6 +40,11 @@ SYNONYMS = {
     "model": ("base-model", "model-name", "model-name-or-path"),
     "modelwrapper": ("method", "wrapper"),
     "dataset": ("data", "dataset-name"),
+    "text-column": ("text-columns", "text-col", "text-field", "input-column"),
+    "label-column": ("label-col", "target-column", "label-field"),
+    "val-file": ("validation-file", "eval-file", "dev-file"),
+    "prompt": ("template", "prompt-template"),
+    "answer-words": ("verbalizer", "label-words"),
     "quantization": ("load-in-4bit", "quantize"),
     "bayes-eval-n-samples-final": ("samples", "n-samples", "num-samples"),
     "load-lora-path": ("adapter", "adapter-path", "lora-path"),
@@ -376,6 +381,11 @@ def text(value: str) -> str:
 def optional(value: str) -> str | None:
     """A text; the word None means that there is none."""
     return None if value.lower() == "none" else text(value)
+
+
+def template(value: str) -> str:
+    """A text in which line breaks are allowed; they are kept as a backslash and an n."""
+    return text(value.replace("\r\n", "\n").replace("\n", "\\n"))
 
 
 def blocks(value: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.errors import UsageError, quoted
 from utils.run_records import ARGS_FILE, HISTORY_FILE, LOG_FILE, METRICS_FILE
+from utils.table_task import is_table
 
 LONGEST_FOLDER, LONGEST_DATA_SET = 255, 200  # bytes; a data set's name is part of a file's, too
 # Folders in a run's folder or beside it that are no runs: the report does not look into them.
@@ -39,7 +40,7 @@ def run_folder_path(args) -> Path:
     parts = [
         check_name(args.modelwrapper.rpartition(":")[2].lower(), "--modelwrapper"),
         *_model_folders(str(args.model)),
-        check_data_set_name(args.dataset.rpartition(":")[2], "--dataset"),
+        check_data_set_name(data_set_name(args.dataset), "--dataset"),
         name if name != "default" else names["--log-path"],
     ]
     root = Path(args.output_dir)
@@ -93,6 +94,16 @@ def check_name(name: str, flag: str, longest: int = LONGEST_FOLDER) -> str:
     if rule is not None:
         raise UsageError(f"{flag}: {quoted(name)} names a run's folder and {rule}; choose another.")
     return name
+
+
+def data_set_name(dataset: str) -> str:
+    """What a run's folder and files call its data set.
+
+    Args:
+        dataset: as in --dataset or --ood-datasets: a name, FILE.py:NAME, or the path of a table,
+            which is called after its file without the ending.
+    """
+    return Path(dataset).stem if is_table(dataset) else dataset.rpartition(":")[2]
 
 
 def check_data_set_name(name: str, flag: str) -> str:

@@ -37,6 +37,7 @@ from utils.records import (
     read_tensors,
 )
 from utils.registry import users_code
+from utils.table_task import TableTask
 
 if TYPE_CHECKING:
     from modelwrappers.wrapperbase import WrapperBase
@@ -142,6 +143,7 @@ class PosteriorRecord(Record):
         pad_token_id: what fills short rows.
         rows: how a row becomes tokens.
         prompt: the tokenizer, and an example of a row in text and tokens.
+        task: what the rows of a user's own table ask; None for every other data set.
         n_draws: N of the final evaluation.
         evaluation: how it drew; None in records of before that was kept.
         temperature: what held-out rows have the logits divided by, if one was fitted.
@@ -171,6 +173,7 @@ class PosteriorRecord(Record):
     pad_token_id: Count | None
     rows: Rows = Rows()
     prompt: Prompt | None = None
+    task: TableTask | None = None
     n_draws: Annotated[int, Field(ge=1, le=100_000)]
     evaluation: Evaluation | None = None
     temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
@@ -195,6 +198,8 @@ class PosteriorRecord(Record):
             raise ValueError(
                 f"there are {len(self.choices)} choices, but {len(self.target_ids)} target_ids"
             )
+        if self.task is not None and self.choices != list(self.task.answers):
+            raise ValueError("'choices' are others than the answers of 'task'")
         if self.target_ids is not None and self.model_type != "causallm":
             raise ValueError("'target_ids' are tokens of a causal LM; a classifier has none")
         return self
@@ -320,18 +325,19 @@ def describe(wrapper: WrapperBase, tensors: Mapping[str, Tensor]) -> PosteriorRe
     Args:
         tensors: of `posterior_tensors`, which lie beside the record.
     """
-    args = wrapper.args
+    args, task = wrapper.args, wrapper.table_task
     return PosteriorRecord(
         format_version=FORMAT_VERSION,
         modelwrapper=args.modelwrapper,
         **{name: getattr(args, name) for name in BASE_MODEL_FLAGS},
-        dataset=args.dataset,
+        dataset=task.name if task is not None else args.dataset,  # no path of this machine's
         dataset_type=args.dataset_type,
         choices=wrapper.answers,
         target_ids=wrapper.target_ids.tolist() if wrapper.target_ids is not None else None,
         pad_token_id=wrapper.base_model.config.pad_token_id,
         rows=Rows(**{name: getattr(args, name) for name in ROW_FLAGS}),
         prompt=wrapper.prompt,
+        task=task,
         n_draws=max(1, wrapper.final_draws()),
         evaluation=Evaluation(**{name: getattr(args, name) for name in EVALUATION_FLAGS}),
         temperature=wrapper.fitted_temperature,

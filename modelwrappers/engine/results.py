@@ -24,7 +24,7 @@ from utils.errors import RunError
 from utils.interrupts import interrupts
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
-from utils.run_paths import CALIBRATION, HELD_OUT, predictions_file
+from utils.run_paths import CALIBRATION, HELD_OUT, data_set_name, predictions_file
 from utils.temperature import fit_temperature, scale
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
         wrapper.fitted_temperature = _fit_temperature(wrapper)
     if args.calibrate != "no":
         wrapper.calibration, wrapper.calibrated_draws = _calibrate(wrapper), wrapper.final_draws()
-    name, split = args.dataset.rpartition(":")[2], args.testing_set
+    name, split = data_set_name(args.dataset), args.testing_set
     if split != "train_val":  # the others may name where anchors come from, too
         split = getattr(wrapper.dataset, "eval_split", split)
     metrics = _score_and_keep(wrapper, wrapper.eval_loader, name, split, predictions_file())
@@ -87,7 +87,7 @@ def _finish(wrapper: WrapperBase, training_seconds: float) -> None:
 
 def _calibrate(wrapper: WrapperBase) -> Calibration:
     """What sets and selective answers need, of held-out rows; their predictions are kept."""
-    name = wrapper.args.dataset.rpartition(":")[2]
+    name = data_set_name(wrapper.args.dataset)
     predictions = wrapper.predict(wrapper.calibration_loader)
     _write_predictions(wrapper, predictions, name, CALIBRATION, predictions_file(CALIBRATION))
     if wrapper.fitted_temperature is not None:
@@ -99,7 +99,7 @@ def _calibrate(wrapper: WrapperBase) -> Calibration:
 def _fit_temperature(wrapper: WrapperBase) -> float:
     """T from predictions on the part of the training set that was held out; they are kept."""
     predictions = wrapper.predict(wrapper.held_out_loader)
-    name = wrapper.args.dataset.rpartition(":")[2]
+    name = data_set_name(wrapper.args.dataset)
     _write_predictions(wrapper, predictions, name, HELD_OUT, predictions_file(HELD_OUT))
     return fit_temperature(predictions.log_probs, predictions.labels, predictions.num_draws)
 
