@@ -111,7 +111,7 @@ def check_file(file: Path, what: str, most_bytes: int | None = None) -> None:
     try:
         about = file.stat()
     except FileNotFoundError:
-        raise UsageError(f"{what}: there is no file {quoted(str(file))}.") from None
+        raise UsageError(f"{what}: there is no file {file}.") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
         reason = getattr(error, "strerror", None) or described(error)
         raise UsageError(f"{what}: {quoted(str(file))} cannot be read ({reason}).") from None
