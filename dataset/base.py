@@ -111,8 +111,8 @@ class DatasetBase(ABC):
                 self.task = dataclasses.replace(self.task, **self.task.published.get(flag, {}))
         if not is_shifted and task is None:
             check_shifted(args, self.tasks)
-        is_settled = self.task.table is not None  # a table was read with the source's answers
-        if source is not None and not is_settled and (self.target_ids_are_tokens or not is_shifted):
+        takes = source is not None and not is_table(name)  # a table was read with them already
+        if takes and (self.target_ids_are_tokens or not is_shifted):
             self._take_answers_of(source)
         self.eval_split = EVALUATED.get(args.testing_set, args.testing_set)
         if is_shifted and args.testing_set == "train_val":

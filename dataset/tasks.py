@@ -133,6 +133,11 @@ def checked_task(task: Any, spec: str) -> Task:
                 f"--dataset {quoted(spec)}: the field '{name}' is {quoted(value)}; it must be "
                 f"{rule}."
             )
+    if task.table is not None and tuple(task.choices) != task.table.answers:
+        raise UsageError(
+            f"--dataset {quoted(spec)}: the fields 'choices' and 'table' have other answers; leave "
+            "'table' out: it is for tables, which need no record."
+        )
     return dataclasses.replace(task, columns=tuple(task.columns), choices=tuple(task.choices))
 
 

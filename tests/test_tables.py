@@ -1,6 +1,7 @@
 """A table of a user's own as a data set: --dataset my.csv --text-column A --label-column L."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_folder, topic_rows, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_args import message
 from test_dataset import accelerator
@@ -16,10 +19,11 @@ from test_records import RECORD
 import main
 from dataset import DATASETS, check_data_sets
 from dataset.tables import cell_text, classes_of, task_of
-from dataset.tasks import Prompt
+from dataset.tasks import Prompt, checked_task
 from main import parse_args
 from modelwrappers import load_posterior
 from modelwrappers.engine.posterior import PosteriorRecord
+from utils.args import check_own_data
 from utils.errors import UsageError
 from utils.records import as_record
 from utils.run_paths import data_set_name
@@ -216,6 +220,16 @@ def test_cells_are_text_as_json_has_them():
 )
 def test_a_template_has_columns_braces_and_line_breaks(template, pieces):
     assert list(pieces_of(template)) == [Piece(*piece) for piece in pieces]
+
+
+@given(st.text(), st.text(st.characters(exclude_characters="{}"), min_size=1))
+def test_any_text_can_be_written_in_a_template(text, column):
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    expected = text.replace(r"\n", "\n")
+    assert pieces_of(escaped) == (Piece(expected),)
+    before, placeholder, after = pieces_of(f"{escaped}{{{column}}}{escaped}")
+    assert (before.text, after.text) == (expected, expected)
+    assert placeholder == Piece(column, is_column=True)
 
 
 @pytest.mark.parametrize("template", ["{", "a}", "{}", "{a", "{{a}", "{a{b}}", "a}}}"])
@@ -571,7 +585,13 @@ def test_a_later_run_takes_the_table_of_the_adapter(models, tmp_path, kind, monk
     for dataset in ([], ["--dataset", "my.csv"]):
         told = message("--seed-split", "4", *dataset, base=later)
         assert "--seed-split is 4" in told and "trained with 3" in told
-    assert parse_args([*later, "--dataset", "./my.csv"]).text_column == ["text"]
+    args = parse_args([*later, "--dataset", "./my.csv"])
+    assert args.text_column == ["text"]
+    check_own_data(args)
+    args = parse_args([*later, "--dataset", "./my.csv", "--hold-out", "false"])
+    assert args.hold_out is False
+    told = message("--dataset", "./my.csv", "--temperature-scaling", base=later)
+    assert "was trained on the whole training set" in told
     # all rows of a new file, which lacks a class
     new_rows = [row for row in rows[40:] if row["topic"] != "business"]
     new = write_csv(tmp_path / "new.csv", new_rows)
@@ -663,5 +683,8 @@ def test_a_records_task_reads_new_rows_without_labels():
     assert task.prompt(row) == Prompt("1984: ", "fine", "\nIs it good:")
     assert task.choices == ("No", "Yes") and task.label(row | {"label": "pos"}) == 1
     assert TableTask(**TASK).columns == ("review", "title")
+    other = dataclasses.replace(task, choices=("Yes", "No"))
+    with pytest.raises(UsageError, match="'choices' and 'table' have other answers"):
+        checked_task(other, "mine")
     with pytest.raises(UsageError, match=r"'name' is '\.\./x'"):
         task_of(TableTask(**TASK | {"name": "../x"}), "mcdataset")
