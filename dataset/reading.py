@@ -103,6 +103,11 @@ class _Watched(dict):
         self.asked[column] = None
         return super().__getitem__(column)
 
+    def __contains__(self, column: object) -> bool:
+        if isinstance(column, str):
+            self.asked[column] = None
+        return super().__contains__(column)
+
     def get(self, column: str, default: Any = None) -> Any:
         self.asked[column] = None
         return super().get(column, default)

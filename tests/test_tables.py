@@ -23,6 +23,7 @@ from dataset.tasks import Prompt, checked_task
 from main import parse_args
 from modelwrappers import load_posterior
 from modelwrappers.engine.posterior import PosteriorRecord
+from scripts import predict
 from utils.args import check_own_data
 from utils.errors import UsageError
 from utils.records import as_record
@@ -462,7 +463,7 @@ def test_a_missing_file_is_found_out_before_anything_is_loaded(refused, tmp_path
     assert "--dataset: there is no file '~nobody/no.csv'" in told and "leave a space" in told
     file = write_csv(tmp_path / "my.csv", different_rows(30))
     told = refused(file, "--test-file", "no.parquet")
-    assert "--test-file: no.parquet cannot be read (No such file" in told
+    assert "--test-file: there is no file no.parquet" in told
     assert "--ood-datasets" in refused(file, "--ood-datasets", "no.csv")
     (tmp_path / "folder.csv").mkdir()
     assert "is a folder; a file is needed" in refused(tmp_path / "folder.csv")
@@ -688,3 +689,36 @@ def test_a_records_task_reads_new_rows_without_labels():
         checked_task(other, "mine")
     with pytest.raises(UsageError, match=r"'name' is '\.\./x'"):
         task_of(TableTask(**TASK | {"name": "../x"}), "mcdataset")
+
+
+# --- new rows of a table's posterior --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["causal_flags", "classifier_flags"])
+def test_a_posterior_of_a_table_answers_rows_of_another_file(kind, tmp_path, request, capsys):
+    """From a CSV to answers for a CSV without labels, by the record alone."""
+    from conftest import run_folder
+
+    from modelwrappers import load_posterior
+
+    lines = [f'"{row["text"]}",{row["topic"]}' for row in topic_rows(60, seed=4)]
+    (tmp_path / "news.csv").write_text("\n".join(["body,desk", *lines]) + "\n")
+    base = request.getfixturevalue(kind)
+    at = base.index("--data-dir")
+    flags = [*base[:at], *base[at + 2 :], "--dataset", str(tmp_path / "news.csv")]
+    flags += ["--text-column", "body", "--label-column", "desk", "--log-path", "table"]
+    flags += ["--modelwrapper", "map", "--max-train-steps", "4"]
+    main.main(flags)
+    folder = run_folder(flags)
+    (tmp_path / "news.csv").unlink()
+    texts = [row["text"] for row in topic_rows(7, seed=5)]
+    (tmp_path / "new.csv").write_text(
+        "\n".join(["id,body", *(f"{i},{t}" for i, t in enumerate(texts))])
+    )
+    out = tmp_path / "out.jsonl"
+    call = [str(folder), "--rows", str(tmp_path / "new.csv"), "--out", str(out)]
+    assert predict.run(call) == 0, capsys.readouterr().err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {r["answer"] for r in records} <= {"business", "sports", "tech"}
+    again = load_posterior(folder, device="cpu").answer(texts)
+    assert [r["probabilities"] for r in records] == [a["probabilities"] for a in again]
