@@ -47,6 +47,7 @@ OF_INFORMATION = ("bald", "batchbald", "powerbald")
 
 CONFIGURATIONS = 4096  # of a batch's labels that are enumerated, or else sampled
 NEAR_CAP = 0.9  # of log N
+ROUNDING = 1e-12  # of a mutual information that is 0
 
 
 class Acquired(NamedTuple):
@@ -119,7 +120,7 @@ def acquire(
     if by == "powerbald":
         noise = rng.gumbel(size=n)
         with np.errstate(divide="ignore"):
-            scores = np.log(scores) + noise
+            scores = np.log(np.where(scores > ROUNDING, scores, 0.0)) + noise
     # the noise again, for rows that have no mutual information: chance decides among them as well
     chosen = np.lexsort((-noise, -scores))[:k]
     if by in OF_INFORMATION:
