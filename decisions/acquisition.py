@@ -47,6 +47,7 @@ OF_INFORMATION = ("bald", "batchbald", "powerbald")
 
 CONFIGURATIONS = 4096  # of a batch's labels that are enumerated, or else sampled
 NEAR_CAP = 0.9  # of log N
+ROUNDING = 1e-12  # of a mutual information that is 0
 
 
 class Acquired(NamedTuple):
@@ -162,7 +163,7 @@ def row_scores(
         return scores, np.zeros(n)
     with np.errstate(divide="ignore"):
         noise = -np.log(-np.log(uniform))  # Gumbel's; -inf for a uniform number of 0
-        return np.log(scores) + noise, noise
+        return np.log(np.where(scores > ROUNDING, scores, 0.0)) + noise, noise
 
 
 def _single_scores(draws: Draws, by: Criterion, num_draws: Counts | None) -> Values:

@@ -15,8 +15,10 @@ guaranteed risk: Geifman and El-Yaniv 2017, arXiv 1705.08500). The test is that 
    rows lie above it; above $T_n = -\infty$ lie all.
 2. Test the hypotheses $R(T_k) > r$ for $k = k_0, k_0 + 1, \dots, n$ in this order, each at level
    $\delta$, with the exact p-value $P(\mathrm{Bin}(k, r) \le e_k)$, $e_k$ the errors among the k
-   rows. Start at the strictest candidate that can pass at all, $k_0 = \lceil \log \delta / \log
-   (1 - r) \rceil$, a number that does not depend on the data. Stop at the first that does not pass.
+   rows. The start is the larger of a quarter of the rows and of the fewest that can pass at all,
+   $\lceil \log \delta / \log(1 - r) \rceil$; neither depends on scores or errors. (From the latter
+   alone, a single wrong answer among the surest few would end the search, however many rows there
+   are: docs/log.md.) Stop at the first that does not pass.
 3. The last that passed is $\hat t$. If the first fails, the request is infeasible.
 
 Why it holds although the candidates are scores of the data. With random numbers behind ties the
@@ -50,7 +52,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, FiniteFloat, model_validator
-from scipy.special import bdtr
+from scipy.special import bdtr, betaincinv
 
 from decisions.checks import (
     Keys,
@@ -70,6 +72,8 @@ Score = Literal["max_probability", "entropy", "mutual_information"]
 SCORES: tuple[Score, ...] = ("max_probability", "entropy", "mutual_information")
 
 MOST_ROWS = 100_000  # of calibration; all of them are kept
+START = 4  # the search begins at one row in so many
+ROUNDING = 1 + 1e-12  # of p-values that equal their level: in binary, 1 - 0.95 exceeds 0.05
 # Streams of what breaks ties: a new row with a calibration row's key has a number of its own.
 CALIBRATION, PREDICTION = "selection calibration", "selection"
 
@@ -126,17 +130,25 @@ class SelectiveThreshold(Record):
     def smallest_risk(self, confidence: float) -> float | None:
         r"""The smallest `max_risk` that has a rule, rounded up to four decimals; None if none has.
 
-        $1 - \delta^{1/z}$, with z the rows before the first wrong one, the surest first.
+        $1 - \delta^{1/z}$ if the first wrong row, the surest first, comes after z that are right,
+        and the search begins among these. Else the r with $P(\mathrm{Bin}(k, r) \le e_k) = \delta$
+        at the k where it begins: the upper limit of Clopper and Pearson.
 
         Raises:
             UsageError: the confidence is not between 0 and 1.
         """
         delta = float(1 - exact_share(confidence, "confidence"))
-        z = (self.errors.index(True)) if True in self.errors else len(self.errors)
-        if z == 0:
+        start = _start(len(self.scores))
+        right = self.errors.index(True) if True in self.errors else len(self.errors)
+        wrong = sum(self.errors[:start])
+        if wrong == start:
             return None
-        risk = math.ceil(-math.expm1(math.log(delta) / z) * 10_000) / 10_000
-        return risk if risk < 1 else None
+        if wrong == 0:
+            exact = -math.expm1(math.log(delta) / right)
+        else:
+            exact = float(betaincinv(wrong + 1, start - wrong, 1 - delta))
+        risks = ((math.floor(exact * 10_000) + step) / 10_000 for step in range(3))
+        return next((r for r in risks if 0 < r < 1 and self._passed(r, confidence)), None)
 
     def rule(self, max_risk: float, confidence: float) -> SelectiveRule:
         """The rule that answers most rows under that bound.
@@ -148,19 +160,28 @@ class SelectiveThreshold(Record):
             UsageError: a number is not between 0 and 1, or there is no such rule; then it says why
                 and which risk has one.
         """
-        n, first = len(self.scores), rows_needed(max_risk, confidence)
-        risk, delta = float(max_risk), float(1 - exact_share(confidence, "confidence"))
-        errors = np.cumsum(self.errors)
-        if first > n or errors[first - 1] > 0:
-            raise self._infeasible(max_risk, confidence, first)
-        counts = np.arange(first, n + 1)
-        passed = bdtr(errors[first - 1 :], counts, risk) <= delta
-        k = n if passed.all() else int(counts[np.argmin(passed)]) - 1
+        n, errors = len(self.scores), np.cumsum(self.errors)
+        k = self._passed(max_risk, confidence)
+        if k == 0:
+            raise self._infeasible(max_risk, confidence)
         threshold, tie = (self.scores[k], self.ties[k]) if k < n else (-math.inf, 0.0)
         return SelectiveRule(threshold, tie, self.seed, k, int(errors[k - 1]), n)
 
-    def _infeasible(self, max_risk: float, confidence: float, needed: int) -> UsageError:
+    def _passed(self, max_risk: float, confidence: float) -> int:
+        """The k of the last hypothesis that passed; 0 if the first did not."""
         n = len(self.scores)
+        first = max(_start(n), rows_needed(max_risk, confidence))
+        delta = float(1 - exact_share(confidence, "confidence"))
+        counts = np.arange(first, n + 1)
+        errors = np.cumsum(self.errors)[first - 1 :]
+        passed = bdtr(errors, counts, float(max_risk)) <= delta * ROUNDING
+        failed = np.flatnonzero(~passed)
+        if len(failed) == 0:
+            return n if first <= n else 0
+        return first + int(failed[0]) - 1 if failed[0] > 0 else 0
+
+    def _infeasible(self, max_risk: float, confidence: float) -> UsageError:
+        n, needed = len(self.scores), rows_needed(max_risk, confidence)
         asked = f"A risk of at most {quoted(max_risk)} with confidence {quoted(confidence)}"
         if needed > n:
             why = (
@@ -168,25 +189,31 @@ class SelectiveThreshold(Record):
                 f"there are {n}."
             )
         else:
-            wrong = sum(self.errors[:needed])
+            first = max(_start(n), needed)
+            wrong = sum(self.errors[:first])
             why = (
-                f"{asked} cannot be shown: of the {needed} calibration rows with the highest "
-                f"{self.score} score, the fewest that can show it, {wrong} "
-                f"{'is' if wrong == 1 else 'are'} answered wrongly."
+                f"{asked} cannot be shown: of the {first} surest calibration rows by {self.score}, "
+                f"with which the search begins, {wrong} {'is' if wrong == 1 else 'are'} wrong. It "
+                f"takes {needed} rows even if none is."
             )
         least = self.smallest_risk(confidence)
         if least is None:
-            return UsageError(f"{why} No risk can be had here: the surest row is wrong.")
+            return UsageError(f"{why} No risk can be had with this confidence.")
         return UsageError(
             f"{why} The smallest risk that can be had with this confidence is {least}: ask for a "
             "higher risk or a lower confidence, or calibrate on more rows."
         )
 
 
+def _start(n: int) -> int:
+    """With how many of n rows the search begins, if they can pass at all."""
+    return -(-n // START)
+
+
 def rows_needed(max_risk: float, confidence: float) -> int:
     r"""The fewest answered calibration rows that a bound takes, if none of them is wrong.
 
-    $k_0 = \lceil \log \delta / \log(1 - r) \rceil$, the smallest k with $(1 - r)^k \le \delta$: 45
+    $\lceil \log \delta / \log(1 - r) \rceil$, the smallest k with $(1 - r)^k \le \delta$: 45
     rows for a risk of 0.05 with confidence 0.9.
 
     Raises:
@@ -196,7 +223,7 @@ def rows_needed(max_risk: float, confidence: float) -> int:
     delta = float(1 - exact_share(confidence, "confidence"))
     guess = max(1, math.floor(math.log(delta) / math.log1p(-risk)))
     # with the very number that the test compares: a quotient of logarithms may round to either side
-    return next(k for k in (guess, guess + 1, guess + 2) if bdtr(0, k, risk) <= delta)
+    return next(k for k in (guess, guess + 1, guess + 2) if bdtr(0, k, risk) <= delta * ROUNDING)
 
 
 def selection_score(
