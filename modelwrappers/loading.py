@@ -20,7 +20,7 @@ from modelwrappers.engine.posterior import (
     read_saved,
     snapshot,
 )
-from modelwrappers.lora.backbone import load_model, lora_config
+from modelwrappers.lora.backbone import load_base, lora_config
 from modelwrappers.lora.sharding import check_sharding, shards_base
 from modelwrappers.wrapperbase import WrapperBase
 from utils.args import settings_of
@@ -45,9 +45,10 @@ def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None
         saved = read_saved(adapter_folder(args), "--load-lora-path")
     if saved is not None:
         _check_members(saved, wrapper_class, args.modelwrapper)
-    model = load_model(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
+    model, new_layers = load_base(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
     config = lora_config(args, model, saved.config if saved is not None else None)
     wrapper = wrapper_class(model, config, args, accelerator)
+    wrapper.new_layers = new_layers
     if saved is not None:
         trains = args.max_train_steps or args.n_epochs
         is_own = not trains and _is_by(saved.record, wrapper_class)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import HfApi
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
@@ -31,7 +31,6 @@ from utils.records import (
     Record,
     SolvedExamples,
     as_record,
-    check_tensor,
     read_json,
     read_tensors,
 )
@@ -231,6 +230,12 @@ def read_saved(folder: Path, what: str, record: PosteriorRecord | None = None) -
     """
     for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
+            if (pickled := folder / "adapter_model.bin").is_file():
+                raise UsageError(
+                    f"{what}: the weights in {folder} are pickled ({pickled.name}), and nothing is "
+                    "unpickled here. If you trust them, load them with PEFT and save them again: "
+                    "`save_pretrained` writes safetensors."
+                )
             raise UsageError(
                 f"{what}: there is no {name} in {folder}; it takes a folder that --checkpoint or "
                 "PEFT's save_pretrained wrote."
@@ -357,34 +362,6 @@ def push(wrapper: WrapperBase, repo_id: str, private: bool | None, token, **kwar
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
 
 
-def load_weights(wrapper: WrapperBase, folder: Path, adapter_name: str) -> None:
-    """Fill an adapter from a folder that this project, PEFT or the original code wrote.
-
-    Keys of the original carry their prefix twice and may bring the base model's whole head; the one
-    is undone, the other left out.
-
-    Raises:
-        UsageError: a tensor is missing or has another shape: another architecture or rank.
-    """
-    method, model = wrapper.args.modelwrapper, wrapper.args.model
-    tensors = wrapper.completed_adapter(read_adapter_tensors(folder, "--load-lora-path"))
-    head = wrapper.trained_base_tensors()
-    expected = head | get_peft_model_state_dict(
-        wrapper, adapter_name=adapter_name, save_embedding_layers=False
-    )
-    if unknown := sorted(key for key in tensors.keys() - expected.keys() if ".lora_" in key):
-        logger.info(
-            "%s holds more than --modelwrapper %s takes (%s): its point estimate or mean is taken.",
-            folder,
-            method,
-            quoted(unknown[0]),
-        )
-    check_adapter_tensors(tensors, expected, folder, model)
-    wrapper.load_state_dict({key: tensors[key] for key in head}, strict=False)
-    adapter = {key: tensors[key] for key in expected.keys() - head.keys()}
-    set_peft_model_state_dict(wrapper, adapter, adapter_name=adapter_name)
-
-
 def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
     """Weights, then whatever makes them the method's posterior.
 
@@ -420,47 +397,3 @@ def give_back(wrapper: WrapperBase, record: PosteriorRecord, file: Path) -> None
             raise UsageError(f"{file}: {quoted(key)} has values that are not finite.")
     with users_code(f"{file}: {type(wrapper).__name__}.load_posterior_tensors"), torch.no_grad():
         wrapper.load_posterior_tensors(dict(tensors))
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-_PREFIX = "base_model.model."
-
-
-def read_adapter_tensors(folder: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of an adapter file; the original's keys, whose prefix stands twice, repaired."""
-    tensors = read_tensors(folder / ADAPTER_FILE, what)
-    return {
-        _PREFIX + key[2 * len(_PREFIX) :] if key.startswith(2 * _PREFIX) else key: value
-        for key, value in tensors.items()
-    }
-
-
-def check_adapter_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path, model: str
-) -> None:
-    """Hold an adapter's tensors against those of the model's LoRA layers.
-
-    Args:
-        tensors: of the file.
-        expected: what the layers have.
-        folder: where the file lies.
-        model: the base model's name.
-    Raises:
-        UsageError: one is missing, has another shape, is of no floating type or not finite.
-    """
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise UsageError(
-            f"--load-lora-path: {folder} has no weights for {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: it was made for "
-            f"another architecture than {model}, or saved without its trained head."
-        )
-    for key, value in expected.items():
-        if tensors[key].shape != value.shape:
-            raise UsageError(
-                f"--load-lora-path: {key} in {folder} has shape {tuple(tensors[key].shape)}, "
-                f"{model} needs {tuple(value.shape)}; the adapter was made for "
-                "another architecture, rank or number of classes."
-            )
-        check_tensor(tensors, key, tuple(value.shape), f"--load-lora-path: {folder / ADAPTER_FILE}")
