@@ -21,11 +21,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modelwrappers.engine.posterior import adapter_folder
 from modelwrappers.lora.heads import head_modules, head_roots, is_within
 from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.args import whole
 from utils.errors import UsageError
+from utils.hub import adapter_folder
 from utils.logging import logger, notice_once
 from utils.records import Count, Record, as_record
 from utils.seeding import mix_seed

@@ -31,7 +31,7 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
+from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.engine.prediction import gather_rows
 from modelwrappers.engine.results import peak_memory
 from modelwrappers.lora.backbone import adapter_acts
@@ -47,6 +47,7 @@ from modelwrappers.lora.heads import head_modules
 from modelwrappers.lora.sharding import shards_base
 from modelwrappers.lora.stochastic import variant_name
 from modelwrappers.wrapperbase import Batch, WrapperBase
+from utils.adapter_base import RECORD_FILE
 from utils.args import between, whole
 from utils.errors import RunError, UsageError, quoted
 from utils.logging import logger

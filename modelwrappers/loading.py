@@ -8,13 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from modelwrappers import WRAPPERS, get_wrapper
-from modelwrappers.engine.adapter_config import CONFIG_FILE
 from modelwrappers.engine.posterior import (
     BASE_MODEL_FLAGS,
-    RECORD_FILE,
     PosteriorRecord,
     Saved,
-    adapter_folder,
     load_posterior_of,
     read_posterior_record,
     read_saved,
@@ -23,8 +20,10 @@ from modelwrappers.engine.posterior import (
 from modelwrappers.lora.backbone import load_base, lora_config
 from modelwrappers.lora.sharding import check_sharding, shards_base
 from modelwrappers.wrapperbase import WrapperBase
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.args import settings_of
 from utils.errors import UsageError, quoted
+from utils.hub import adapter_folder
 from utils.logging import logger
 from utils.registry import names_code
 
@@ -115,6 +114,7 @@ def load_posterior(
     folder = Path(path_or_hub_id)
     if not _is_folder(folder):
         folder = snapshot(str(path_or_hub_id))
+    _check_described(folder)
     record = read_posterior_record(folder, "load_posterior")
     saved = read_saved(folder, "load_posterior", record)
     where = f"load_posterior: {folder / RECORD_FILE}"
@@ -143,6 +143,22 @@ def load_posterior(
     if wrapper.temperature is not None:
         logger.info("Predictions are scaled by the fitted temperature %.4f.", wrapper.temperature)
     return wrapper.eval()
+
+
+def _check_described(folder: Path) -> None:
+    """An adapter is no posterior yet.
+
+    Raises:
+        UsageError: it lies there without a record; the message says how it becomes one.
+    """
+    if not (folder / RECORD_FILE).exists() and (folder / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"load_posterior: there is no file {folder / RECORD_FILE}: what lies there is an "
+            "adapter, and no posterior yet. Make one of it: `python main.py --load-lora-path "
+            f"{folder} --modelwrapper METHOD --dataset-type TYPE --dataset NAME --checkpoint` "
+            "evaluates it with METHOD (and trains it, with --max-train-steps N); then load that "
+            "run's folder."
+        )
 
 
 def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict[str, object]:

@@ -5,6 +5,7 @@ Each is made here by `get_peft_model`, and the reference is `PeftModel.from_pret
 
 import itertools
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ from transformers import (
 )
 
 import main
+from modelwrappers import load_posterior
 from utils.errors import UsageError
+from utils.logging import logger
 
 POOLER = "base_model.model.bert.pooler.dense.weight"
 ATTENTION = {"target_modules": ["query", "value"]}
@@ -109,6 +112,18 @@ def loaded(flags: list[str]):
 def logits_of(wrapper, model: PeftModel, batch) -> torch.Tensor:
     with torch.no_grad():
         return wrapper.class_logits(model(**batch))
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """The log; what is said once only is said in every test."""
+    monkeypatch.setattr("utils.logging._told", set())
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
 
 
 def rewrite(folder: Path, **keys) -> None:
@@ -206,11 +221,11 @@ def test_an_adapter_of_an_early_peft_loads(bert, call, tmp_path):
     check_equal(bert, expected, call(bert, folder), tmp_path)
 
 
-def test_a_number_of_a_later_peft_is_ignored_aloud(bert, call, tmp_path, caplog):
+def test_a_number_of_a_later_peft_is_ignored_aloud(bert, call, tmp_path, said):
     make(bert, tmp_path / "adapter", **ATTENTION)
     rewrite(tmp_path / "adapter", group_size_of_the_future=16, switch_of_the_future=False)
     loaded(call(bert, tmp_path / "adapter"))
-    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    warned = [r.getMessage() for r in said.records if r.levelname == "WARNING"]
     assert any("group_size_of_the_future" in message for message in warned)
     assert not any("switch_of_the_future" in message for message in warned)
 
@@ -404,3 +419,114 @@ def test_pickled_weights_are_refused_with_the_remedy(bert, call, tmp_path):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UsageError, match=r"pickled .*save them again"):
         build(call(bert, folder))
+
+
+# --- the base model, where the call does not name it ----------------------------------------------
+
+
+def unnamed(flags: list[str]) -> list[str]:
+    """A call without its --model."""
+    place = flags.index("--model")
+    return flags[:place] + flags[place + 2 :]
+
+
+def test_the_base_model_is_taken_from_pefts_file(bert, call, tmp_path, said):
+    expected = make(bert, tmp_path / "adapter", **ATTENTION)
+    flags = unnamed(call(bert, tmp_path / "adapter"))
+    main.main(flags)
+    told = (run_folder(flags) / "log.txt").read_text(encoding="utf-8")
+    assert f"The base model is '{bert}', as " in told
+    stored = json.loads((run_folder(flags) / "args.json").read_text())
+    assert stored["args"]["model"] == bert and run_folder(flags).parent.parent.name == "pooled-bert"
+    wrapper, batch = loaded(flags)
+    torch.testing.assert_close(wrapper.batch_logits(batch), logits_of(wrapper, expected, batch))
+    again = ["--config", str(run_folder(flags) / "args.json"), "--overwrite"]
+    before = load_file(run_folder(flags) / "predictions.safetensors")["log_probs"]
+    assert main.parse_args(again).model == bert
+    main.main(again)
+    after = load_file(run_folder(flags) / "predictions.safetensors")["log_probs"]
+    torch.testing.assert_close(after, before)
+
+
+def test_a_model_that_is_given_is_taken(bert, tiny_bert, call, tmp_path):
+    make(bert, tmp_path / "adapter", **ATTENTION)
+    assert main.parse_args(call(tiny_bert, tmp_path / "adapter")).model == tiny_bert
+
+
+def test_the_record_of_a_posterior_counts_before_pefts_file(bert, call, tmp_path):
+    make(bert, tmp_path / "adapter", **ATTENTION)
+    flags = call(bert, tmp_path / "adapter")
+    main.main(flags)
+    folder = run_folder(flags)
+    (folder / "args.json").unlink()  # as in a folder that was downloaded
+    rewrite(folder, base_model_name_or_path="somebody/else")
+    again = unnamed(call(bert, folder))
+    assert main.parse_args(again).model == bert
+    record = json.loads((folder / "bayes_config.json").read_text())
+    moved = record | {"model": "smollm2-135m", "load_model_path": bert}
+    (folder / "bayes_config.json").write_text(json.dumps(moved))
+    args = main.parse_args(again)
+    assert (args.model, args.load_model_path) == ("smollm2-135m", bert), "an embedded model's alias"
+
+
+def test_an_adapter_on_the_hub_names_its_base_model(bert, call, tmp_path, monkeypatch):
+    """At the root of the repo, where PEFT puts it; a training's checkpoints stay there."""
+    make(bert, tmp_path / "repo", **ATTENTION)
+    asked = []
+
+    def snapshot_download(repo, allow_patterns, ignore_patterns):
+        asked.append((repo, *ignore_patterns))
+        return str(tmp_path / "repo")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    flags = unnamed(call(bert, Path("."), "map", "--load-lora-huggingface-repo", "a/b"))
+    wrapper, _ = loaded(flags)
+    assert wrapper.args.model == bert and set(asked) == {("a/b", "checkpoint-*")}
+
+
+@pytest.mark.parametrize("name", ["/nobody/model", "./nowhere", "a/b/c", "~/model", "C:\\model"])
+def test_a_folder_of_another_machine_is_named_with_the_remedy(bert, name, call, tmp_path):
+    make(bert, tmp_path / "adapter", **ATTENTION)
+    rewrite(tmp_path / "adapter", base_model_name_or_path=name)
+    with pytest.raises(UsageError, match=r"is no folder here; pass --model with"):
+        main.parse_args(unnamed(call(bert, tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_an_adapter_that_names_no_model_needs_the_flag(bert, name, call, tmp_path):
+    make(bert, tmp_path / "adapter", **ATTENTION)
+    rewrite(tmp_path / "adapter", base_model_name_or_path=name)
+    with pytest.raises(UsageError, match=r"--model is missing. Nothing in .* says what"):
+        main.parse_args(unnamed(call(bert, tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize("name", [5, ["a"], "evil.py:TASK", "a\nb", "x" * 5000])
+def test_what_is_no_models_name_is_refused(bert, name, call, tmp_path):
+    make(bert, tmp_path / "adapter", **ATTENTION)
+    rewrite(tmp_path / "adapter", base_model_name_or_path=name)
+    with pytest.raises(UsageError, match=r"adapter_config.json") as caught:
+        main.parse_args(unnamed(call(bert, tmp_path / "adapter")))
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_model_that_only_an_adapter_names_runs_no_code(bert, call, tmp_path):
+    make(bert, tmp_path / "adapter", **ATTENTION)
+    flags = unnamed(call(bert, tmp_path / "adapter"))
+    with pytest.raises(UsageError, match=r"is named by a file only: pass --model yourself"):
+        main.parse_args([*flags, "--trust-remote-code"])
+
+
+def test_another_revision_of_the_base_model_is_not_taken_in_silence(bert, call, tmp_path, said):
+    make(bert, tmp_path / "adapter", **ATTENTION)
+    rewrite(tmp_path / "adapter", revision="abc")
+    main.parse_args(unnamed(call(bert, tmp_path / "adapter")))
+    assert any("not 'abc'" in record.getMessage() for record in said.records)
+
+
+def test_an_adapter_is_told_how_it_becomes_a_posterior(bert, call, tmp_path):
+    make(bert, tmp_path / "adapter", **ATTENTION)
+    with pytest.raises(UsageError, match=r"no posterior yet.*main.py --load-lora-path .*--check"):
+        load_posterior(tmp_path / "adapter", device="cpu")
+    flags = unnamed(call(bert, tmp_path / "adapter", "blob", "--checkpoint"))
+    main.main(flags)
+    assert len(load_posterior(run_folder(flags), device="cpu").answers) == 5

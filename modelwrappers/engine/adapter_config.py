@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal
 from peft import LoraConfig
 from pydantic import Field
 
+from utils.adapter_base import CONFIG_FILE
 from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.records import Count, Name, Positive, Record, as_record, read_json
-
-CONFIG_FILE = "adapter_config.json"
 
 # The name of a module, as PEFT's lists have it: PEFT reads some of them as regular expressions.
 ModuleName = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[\w.\-]+$")]

@@ -14,7 +14,8 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from modelwrappers.engine.posterior import ADAPTER_FILE, RECORD_FILE
+from modelwrappers.engine.posterior import ADAPTER_FILE
+from utils.adapter_base import RECORD_FILE
 from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.records import check_tensor, read_tensors

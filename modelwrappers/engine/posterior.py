@@ -19,8 +19,9 @@ from peft import LoraConfig
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
-from modelwrappers.engine.adapter_config import CONFIG_FILE, read_adapter_config
+from modelwrappers.engine.adapter_config import read_adapter_config
 from modelwrappers.engine.model_card import model_card
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.errors import UsageError, quoted
 from utils.files import disk_errors, remove_folder, write_atomically, write_json, write_tensors
 from utils.hub import go_offline_if_unreachable
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from modelwrappers.wrapperbase import WrapperBase
 
 ADAPTER_FILE = "adapter_model.safetensors"
-RECORD_FILE = "bayes_config.json"
 TENSORS_FILE = "posterior.safetensors"  # of `posterior_tensors`, where a method names no other
 FILES = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, TENSORS_FILE)  # of every adapter's folder
 FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another number
@@ -189,19 +189,7 @@ def read_posterior_record(folder: Path, what: str) -> PosteriorRecord:
     return as_record(content, PosteriorRecord, where, remedy)
 
 
-# --- where an adapter lies ------------------------------------------------------------------------
-
-
-def adapter_folder(args) -> Path:
-    """The local folder of --load-lora-path, downloaded first if it lies in a hub repo.
-
-    Raises:
-        UsageError: it cannot be downloaded.
-    """
-    path = args.load_lora_path
-    if args.load_lora_huggingface_repo:
-        path = _downloaded(args.load_lora_huggingface_repo, path.strip("/"))
-    return Path(path)
+# --- the folder of an adapter ---------------------------------------------------------------------
 
 
 class Saved(NamedTuple):
@@ -261,25 +249,6 @@ def snapshot(repo: str) -> Path:
         raise UsageError(
             f"load_posterior: {quoted(repo)} is neither a folder nor a hub repo that can be "
             f"read ({type(error).__name__})."
-        ) from None
-
-
-def _downloaded(repo: str, path: str) -> Path:
-    """The folder `path` of a hub repo."""
-    from huggingface_hub import snapshot_download
-
-    if ".." in Path(path).parts or not path:
-        raise UsageError(
-            f"--load-lora-path {quoted(path)}: it must be a folder inside of the hub repo {repo}."
-        )
-    go_offline_if_unreachable()
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[f"{path}/*"])) / path
-    except Exception as error:
-        raise UsageError(
-            f"--load-lora-huggingface-repo {repo} cannot be read: "
-            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}\n"
-            "Without network access pass a local folder as --load-lora-path alone."
         ) from None
 
 
