@@ -221,6 +221,23 @@ def test_an_adapter_of_an_early_peft_loads(bert, call, tmp_path):
     check_equal(bert, expected, call(bert, folder), tmp_path)
 
 
+def test_all_linear_means_what_it_means_to_peft(bert, call, tmp_path):
+    """Said in the file, where PEFT writes the names instead."""
+    make(bert, tmp_path / "adapter", target_modules="all-linear")
+    rewrite(tmp_path / "adapter", target_modules="all-linear")
+    expected = stock(bert, tmp_path / "adapter")
+    check_equal(bert, expected, call(bert, tmp_path / "adapter"), tmp_path)
+
+
+def test_lora_on_a_head_of_ours_is_there_under_any_task(bert, call, classifier_flags, tmp_path):
+    """PEFT would save the head of a SEQ_CLS adapter whole, and pass over LoRA on it."""
+    flags = [*classifier_flags, "--model", bert, "--modelwrapper", "map", "--apply-classhead-lora"]
+    main.main([*flags, "--max-train-steps", "2"])
+    rewrite(run_folder(flags), task_type="SEQ_CLS")
+    wrapper, _ = loaded(call(bert, run_folder(flags), "map", "--log-path", "again"))
+    assert any("classifier.lora_A" in name for name, _ in wrapper.named_parameters())
+
+
 def test_a_number_of_a_later_peft_is_ignored_aloud(bert, call, tmp_path, said):
     make(bert, tmp_path / "adapter", **ATTENTION)
     rewrite(tmp_path / "adapter", group_size_of_the_future=16, switch_of_the_future=False)

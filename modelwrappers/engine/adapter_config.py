@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from peft import LoraConfig
 from pydantic import Field
 
-from utils.adapter_base import CONFIG_FILE
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.records import Count, Name, Positive, Record, as_record, read_json
@@ -93,7 +93,8 @@ def read_adapter_config(folder: Path, what: str) -> LoraConfig:
     values = {key: value for key, value in config.model_dump().items() if value is not None}
     alpha = values["lora_alpha"]
     values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    if values.get("task_type") == "SEQ_CLS":  # as PEFT does, whose older versions did not write it
+    # As PEFT does, whose older versions did not write it; what is saved here says it or means it.
+    if values.get("task_type") == "SEQ_CLS" and not (folder / RECORD_FILE).is_file():
         values.setdefault("modules_to_save", list(_HEADS_OF_PEFT))
     try:
         return LoraConfig(**{key: value for key, value in values.items() if key != "peft_type"})
