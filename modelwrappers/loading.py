@@ -9,25 +9,24 @@ import torch
 from accelerate import Accelerator
 
 from modelwrappers import WRAPPERS, get_wrapper
-from modelwrappers.engine.adapter_config import CONFIG_FILE
 from modelwrappers.engine.posterior import (
     BASE_MODEL_FLAGS,
     EVALUATION_FLAGS,
-    RECORD_FILE,
     PosteriorRecord,
     Saved,
-    adapter_folder,
     is_tuned,
     load_posterior_of,
     read_posterior_record,
     read_saved,
     snapshot,
 )
-from modelwrappers.lora.backbone import load_model, lora_config
+from modelwrappers.lora.backbone import load_base, lora_config
 from modelwrappers.lora.sharding import check_sharding, shards_base
 from modelwrappers.wrapperbase import WrapperBase
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.args import settings_of
 from utils.errors import UsageError, quoted
+from utils.hub import adapter_folder
 from utils.logging import logger
 from utils.registry import names_code
 from utils.run_paths import data_set_name
@@ -49,9 +48,10 @@ def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None
         saved = read_saved(adapter_folder(args), "--load-lora-path")
     if saved is not None:
         _check_members(saved, wrapper_class, args.modelwrapper)
-    model = load_model(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
+    model, new_layers = load_base(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
     config = lora_config(args, model, saved.config if saved is not None else None)
     wrapper = wrapper_class(model, config, args, accelerator)
+    wrapper.new_layers = new_layers
     if saved is not None:
         trains = args.max_train_steps or args.n_epochs
         is_own = not trains and _is_by(saved.record, wrapper_class)
@@ -133,6 +133,7 @@ def load_posterior(
     folder = Path(path_or_hub_id)
     if not _is_folder(folder):
         folder = snapshot(str(path_or_hub_id))
+    _check_described(folder)
     record = read_posterior_record(folder, "load_posterior")
     saved = read_saved(folder, "load_posterior", record)
     where = f"load_posterior: {folder / RECORD_FILE}"
@@ -167,6 +168,22 @@ def load_posterior(
     if wrapper.temperature is not None:
         logger.info("Predictions are scaled by the fitted temperature %.4f.", wrapper.temperature)
     return wrapper.eval()
+
+
+def _check_described(folder: Path) -> None:
+    """An adapter is no posterior yet.
+
+    Raises:
+        UsageError: it lies there without a record; the message says how it becomes one.
+    """
+    if not (folder / RECORD_FILE).exists() and (folder / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"load_posterior: there is no file {folder / RECORD_FILE}: what lies there is an "
+            "adapter, and no posterior yet. Make one of it: `python main.py --load-lora-path "
+            f"{folder} --modelwrapper METHOD --dataset-type TYPE --dataset NAME --checkpoint` "
+            "evaluates it with METHOD (and trains it, with --max-train-steps N); then load that "
+            "run's folder."
+        )
 
 
 def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict[str, object]:

@@ -9,7 +9,7 @@ is kept of them (`results`), folder and hub (`posterior`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,14 @@ from transformers import PreTrainedModel
 
 from decisions.calibration import Calibration
 from decisions.calibration import wanted as wishes
-from modelwrappers.engine import answers, posterior, prediction, results, training
+from modelwrappers.engine import (
+    adapter_weights,
+    answers,
+    posterior,
+    prediction,
+    results,
+    training,
+)
 from modelwrappers.engine.adaptive import FIRST_STAGE, Settling
 from modelwrappers.engine.answers import Reader
 from modelwrappers.engine.logits import ClassLogits
@@ -36,6 +43,7 @@ from modelwrappers.lora.blocks import find_blocks
 from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.heads import head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
+from modelwrappers.lora.stochastic import RHO
 from utils.args import Args, check_own_data, check_settings, settings_of
 from utils.errors import RunError, UsageError
 from utils.metrics import Metrics, posterior_predictive, score
@@ -75,6 +83,8 @@ class WrapperBase(ClassLogits, PeftModel):
     posterior_file = posterior.TENSORS_FILE  # which of them holds `posterior_tensors`
     learning_rate_flags: ClassVar[tuple[str, ...]] = ("--lr",)  # of its optimizers, for messages
     posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
+    # ends of LoRA tensors' names that are of a posterior, beside the mean that any method takes
+    posterior_suffixes: ClassVar[tuple[str, ...]] = (RHO,)
     Description: ClassVar[type[Record]] = Record  # the type of what `method_config` says
 
     def __init__(
@@ -113,6 +123,8 @@ class WrapperBase(ClassLogits, PeftModel):
         self.calibrated_draws: int | None = None  # with which those were predicted
         self._make_reader: Callable[[], Reader] | None = None  # of the task's rows
         self._reader: Reader | None = None
+        # layers of the base model that its checkpoint has no weights for; None: that is not known
+        self.new_layers: frozenset[str] | None = None
         # of `prepare_for_fit_evaluate`
         self.dataset = self.train_loader = self.eval_loader = self.held_out_loader = None
         self.calibration_loader = None
@@ -329,6 +341,22 @@ class WrapperBase(ClassLogits, PeftModel):
             for name in self._trained_base_layers
             for key, value in self.get_submodule(name).state_dict().items()
         }
+
+    def unnamed_head(self, adapter_name: str) -> list[str]:
+        """Layers of a classification head that are trained here, by no word of the adapter's own.
+
+        An adapter that PEFT has trained need not hold them: what its configuration does not name
+        was frozen.
+        """
+        return self._trained_base_layers
+
+    def freeze_head(self, layers: Collection[str], adapter_name: str) -> None:
+        """Take layers of `unnamed_head` out of training; biases that PEFT trains stay in it."""
+        keeps_biases = self.peft_config[adapter_name].bias == "all"
+        for name in layers:
+            for key, parameter in self.get_submodule(name).named_parameters(recurse=False):
+                parameter.requires_grad_(keeps_biases and key == "bias")
+        self._trained_base_layers = [n for n in self._trained_base_layers if n not in layers]
 
     def settle(self) -> None:
         """Move to this process's device; with FSDP the frozen base in parts."""
@@ -565,5 +593,5 @@ class WrapperBase(ClassLogits, PeftModel):
         return posterior.replace_files(self, folder) if self.accelerator.is_main_process else []
 
     def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
-        """Fill the adapter from a folder; see `engine.posterior.load_weights`."""
-        posterior.load_weights(self, folder, adapter_name)
+        """Fill the adapter from a folder; see `engine.adapter_weights.load_weights`."""
+        adapter_weights.load_weights(self, folder, adapter_name)

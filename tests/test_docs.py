@@ -82,6 +82,9 @@ def reader(quickstart, tiny_llama, tmp_path, monkeypatch) -> Path:
     shutil.copytree(quickstart, tmp_path / QUICKSTART.format("blob"))
     (tmp_path / "models").mkdir()
     shutil.copytree(tiny_llama, tmp_path / "models" / "my-llm")
+    (tmp_path / "my_adapter").mkdir()
+    peft_says = {"base_model_name_or_path": "minilm-l6"}
+    write_json(tmp_path / "my_adapter" / "adapter_config.json", peft_says)
     for folder, names in (("my_data", ("text", "topic")), ("my_rows", ("headline", "desk"))):
         (tmp_path / folder).mkdir()
         for split, number in (("train", 24), ("test", 9)):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.adapter_base import adopt_base_model
 from utils.catalogue import Catalogue
 from utils.errors import UsageError, quoted
 from utils.flags import (
@@ -227,6 +228,8 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
         args.modelwrapper = (args.modelwrapper or "").lower()
 
     trained = _adopt_from_run(args, parser) if adopts else {}
+    if adopts:
+        adopt_base_model(args, {action.dest: action for action in parser._actions})
     args.adapter_dataset = trained.get("dataset")
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(args, name) is not None:
@@ -286,7 +289,8 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
         args.tracker = "wandb" if wanted else "none"
     if args.load_lora_huggingface_repo and not args.load_lora_path:
         raise UsageError(
-            "--load-lora-huggingface-repo needs --load-lora-path, the adapter's folder in it."
+            "--load-lora-huggingface-repo needs --load-lora-path, the adapter's folder in it (a "
+            "single dot: the repo itself)."
         )
     if args.temperature_scaling and args.testing_set == "train_val":
         raise UsageError(
@@ -325,6 +329,10 @@ def _check_required(args: Args, trained: Mapping[str, Any]) -> None:
         hints.append(
             f"The adapter was trained on {quoted(trained['dataset'])}, a file that another file "
             "cannot let run: pass it as --dataset."
+        )
+    if "--model" in missing and args.load_lora_path is not None:
+        hints.append(
+            f"Nothing in {quoted(args.load_lora_path)} says what the adapter's base model is."
         )
     if "--dataset-type" in missing:
         hints.append(

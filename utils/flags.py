@@ -75,7 +75,8 @@ def add_first_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=text,
         metavar="NAME",
-        help="hub id, local folder, smollm2-135m or minilm-l6 (both embedded)",
+        help="hub id, local folder, smollm2-135m or minilm-l6 (both embedded); default: the loaded "
+        "adapter's",
     )
     run.add_argument(
         *("--dataset", "--task"),

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import HfApi
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from decisions.calibration import Calibration
-from modelwrappers.engine.adapter_config import CONFIG_FILE, read_adapter_config
+from modelwrappers.engine.adapter_config import read_adapter_config
 from modelwrappers.engine.model_card import model_card
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.errors import UsageError, quoted
 from utils.files import disk_errors, remove_folder, write_atomically, write_json, write_tensors
 from utils.hub import go_offline_if_unreachable
@@ -32,7 +33,6 @@ from utils.records import (
     Record,
     SolvedExamples,
     as_record,
-    check_tensor,
     read_json,
     read_tensors,
 )
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from modelwrappers.wrapperbase import WrapperBase
 
 ADAPTER_FILE = "adapter_model.safetensors"
-RECORD_FILE = "bayes_config.json"
 TENSORS_FILE = "posterior.safetensors"  # of `posterior_tensors`, where a method names no other
 CALIBRATION_FILE = "calibration.safetensors"  # predictions of calibration rows
 # of every adapter's folder
@@ -228,19 +227,7 @@ def read_posterior_record(folder: Path, what: str) -> PosteriorRecord:
     return as_record(content, PosteriorRecord, where, remedy)
 
 
-# --- where an adapter lies ------------------------------------------------------------------------
-
-
-def adapter_folder(args) -> Path:
-    """The local folder of --load-lora-path, downloaded first if it lies in a hub repo.
-
-    Raises:
-        UsageError: it cannot be downloaded.
-    """
-    path = args.load_lora_path
-    if args.load_lora_huggingface_repo:
-        path = _downloaded(args.load_lora_huggingface_repo, path.strip("/"))
-    return Path(path)
+# --- the folder of an adapter ---------------------------------------------------------------------
 
 
 class Saved(NamedTuple):
@@ -269,6 +256,12 @@ def read_saved(folder: Path, what: str, record: PosteriorRecord | None = None) -
     """
     for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
+            if (pickled := folder / "adapter_model.bin").is_file():
+                raise UsageError(
+                    f"{what}: the weights in {folder} are pickled ({pickled.name}), and nothing is "
+                    "unpickled here. If you trust them, load them with PEFT and save them again: "
+                    "`save_pretrained` writes safetensors."
+                )
             raise UsageError(
                 f"{what}: there is no {name} in {folder}; it takes a folder that --checkpoint or "
                 "PEFT's save_pretrained wrote."
@@ -294,25 +287,6 @@ def snapshot(repo: str) -> Path:
         raise UsageError(
             f"load_posterior: {quoted(repo)} is neither a folder nor a hub repo that can be "
             f"read ({type(error).__name__})."
-        ) from None
-
-
-def _downloaded(repo: str, path: str) -> Path:
-    """The folder `path` of a hub repo."""
-    from huggingface_hub import snapshot_download
-
-    if ".." in Path(path).parts or not path:
-        raise UsageError(
-            f"--load-lora-path {quoted(path)}: it must be a folder inside of the hub repo {repo}."
-        )
-    go_offline_if_unreachable()
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[f"{path}/*"])) / path
-    except Exception as error:
-        raise UsageError(
-            f"--load-lora-huggingface-repo {repo} cannot be read: "
-            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}\n"
-            "Without network access pass a local folder as --load-lora-path alone."
         ) from None
 
 
@@ -403,34 +377,6 @@ def push(wrapper: WrapperBase, repo_id: str, private: bool | None, token, **kwar
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
 
 
-def load_weights(wrapper: WrapperBase, folder: Path, adapter_name: str) -> None:
-    """Fill an adapter from a folder that this project, PEFT or the original code wrote.
-
-    Keys of the original carry their prefix twice and may bring the base model's whole head; the one
-    is undone, the other left out.
-
-    Raises:
-        UsageError: a tensor is missing or has another shape: another architecture or rank.
-    """
-    method, model = wrapper.args.modelwrapper, wrapper.args.model
-    tensors = wrapper.completed_adapter(read_adapter_tensors(folder, "--load-lora-path"))
-    head = wrapper.trained_base_tensors()
-    expected = head | get_peft_model_state_dict(
-        wrapper, adapter_name=adapter_name, save_embedding_layers=False
-    )
-    if unknown := sorted(key for key in tensors.keys() - expected.keys() if ".lora_" in key):
-        logger.info(
-            "%s holds more than --modelwrapper %s takes (%s): its point estimate or mean is taken.",
-            folder,
-            method,
-            quoted(unknown[0]),
-        )
-    check_adapter_tensors(tensors, expected, folder, model)
-    wrapper.load_state_dict({key: tensors[key] for key in head}, strict=False)
-    adapter = {key: tensors[key] for key in expected.keys() - head.keys()}
-    set_peft_model_state_dict(wrapper, adapter, adapter_name=adapter_name)
-
-
 def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
     """Weights, then whatever makes them the method's posterior.
 
@@ -507,47 +453,3 @@ def give_back(wrapper: WrapperBase, record: PosteriorRecord, file: Path) -> None
             raise UsageError(f"{file}: {quoted(key)} has values that are not finite.")
     with users_code(f"{file}: {type(wrapper).__name__}.load_posterior_tensors"), torch.no_grad():
         wrapper.load_posterior_tensors(dict(tensors))
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-_PREFIX = "base_model.model."
-
-
-def read_adapter_tensors(folder: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of an adapter file; the original's keys, whose prefix stands twice, repaired."""
-    tensors = read_tensors(folder / ADAPTER_FILE, what)
-    return {
-        _PREFIX + key[2 * len(_PREFIX) :] if key.startswith(2 * _PREFIX) else key: value
-        for key, value in tensors.items()
-    }
-
-
-def check_adapter_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path, model: str
-) -> None:
-    """Hold an adapter's tensors against those of the model's LoRA layers.
-
-    Args:
-        tensors: of the file.
-        expected: what the layers have.
-        folder: where the file lies.
-        model: the base model's name.
-    Raises:
-        UsageError: one is missing, has another shape, is of no floating type or not finite.
-    """
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise UsageError(
-            f"--load-lora-path: {folder} has no weights for {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: it was made for "
-            f"another architecture than {model}, or saved without its trained head."
-        )
-    for key, value in expected.items():
-        if tensors[key].shape != value.shape:
-            raise UsageError(
-                f"--load-lora-path: {key} in {folder} has shape {tuple(tensors[key].shape)}, "
-                f"{model} needs {tuple(value.shape)}; the adapter was made for "
-                "another architecture, rank or number of classes."
-            )
-        check_tensor(tensors, key, tuple(value.shape), f"--load-lora-path: {folder / ADAPTER_FILE}")
