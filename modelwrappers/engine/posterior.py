@@ -33,6 +33,7 @@ from utils.records import (
     Record,
     SolvedExamples,
     as_record,
+    check_tensor,
     read_json,
     read_tensors,
 )
