@@ -73,7 +73,7 @@ SCORES: tuple[Score, ...] = ("max_probability", "entropy", "mutual_information")
 
 MOST_ROWS = 100_000  # of calibration; all of them are kept
 START = 4  # the search begins at one row in so many
-ROUNDING = 1 + 1e-12  # of p-values that equal their level: in binary, 1 - 0.95 exceeds 0.05
+ROUNDING = 1e-9  # relative, of p-values that equal their level: in binary, 1 - 0.95 exceeds 0.05
 # Streams of what breaks ties: a new row with a calibration row's key has a number of its own.
 CALIBRATION, PREDICTION = "selection calibration", "selection"
 
@@ -171,13 +171,14 @@ class SelectiveThreshold(Record):
         """The k of the last hypothesis that passed; 0 if the first did not."""
         n = len(self.scores)
         first = max(_start(n), rows_needed(max_risk, confidence))
+        if first > n:
+            return 0
         delta = float(1 - exact_share(confidence, "confidence"))
-        counts = np.arange(first, n + 1)
         errors = np.cumsum(self.errors)[first - 1 :]
-        passed = bdtr(errors, counts, float(max_risk)) <= delta * ROUNDING
-        failed = np.flatnonzero(~passed)
+        p_values = bdtr(errors, np.arange(first, n + 1), float(max_risk))
+        failed = np.flatnonzero(p_values > delta * (1 + ROUNDING))
         if len(failed) == 0:
-            return n if first <= n else 0
+            return n
         return first + int(failed[0]) - 1 if failed[0] > 0 else 0
 
     def _infeasible(self, max_risk: float, confidence: float) -> UsageError:
@@ -221,9 +222,7 @@ def rows_needed(max_risk: float, confidence: float) -> int:
     """
     risk = float(exact_share(max_risk, "max risk"))
     delta = float(1 - exact_share(confidence, "confidence"))
-    guess = max(1, math.floor(math.log(delta) / math.log1p(-risk)))
-    # with the very number that the test compares: a quotient of logarithms may round to either side
-    return next(k for k in (guess, guess + 1, guess + 2) if bdtr(0, k, risk) <= delta * ROUNDING)
+    return max(1, math.ceil(math.log(delta) / math.log1p(-risk) * (1 - ROUNDING / 100)))
 
 
 def selection_score(
