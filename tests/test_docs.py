@@ -152,21 +152,26 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def test_every_call_of_predict_answers(reader):
-    """As it is printed, with rows in the format that it names."""
+    """As it is printed, where the posterior is the quickstart's; else it is a right call."""
     (reader / "headlines.txt").write_text("bank profit\nmatch goal\n")
     write_jsonl(reader / "headlines.jsonl", [{"text": "bank profit"}, {"text": "match goal"}])
+    (reader / "pool.txt").write_text("".join(f"{row['text']}\n" for row in topic_rows(25)))
     calls = [
-        shlex.split(line)[2:]
+        shlex.split(line, comments=True)[2:]
         for page in PAGES
         for _, content in blocks(page, "bash")
         for line in content.replace("\\\n", " ").splitlines()
         if line.startswith("python scripts/predict.py")
     ]
-    assert len(calls) >= 2
+    assert len(calls) >= 4
     for words in calls:
+        args = predict.parse_args(words)
+        if not Path(args.posterior).exists():
+            continue
         assert predict.run([*words, "--overwrite"]) == 0
-        out = Path(words[words.index("--out") + 1])
-        assert len(out.read_text().splitlines()) == 2 + (out.suffix == ".csv")
+        number = args.acquire or len(Path(args.rows).read_text().splitlines())
+        lines = len(Path(args.out).read_text().splitlines())
+        assert lines == number + (args.out_format == "csv")
 
 
 def test_every_command_line_parses(reader):
