@@ -9,7 +9,7 @@ is kept of them (`results`), folder and hub (`posterior`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,18 +22,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from decisions.calibration import Calibration
-from decisions.calibration import wanted as wishes
 from modelwrappers.engine import (
     adapter_weights,
-    answers,
     posterior,
     prediction,
     results,
     training,
 )
 from modelwrappers.engine.adaptive import FIRST_STAGE, Settling
-from modelwrappers.engine.answers import Reader
+from modelwrappers.engine.answers import RowAnswers
 from modelwrappers.engine.logits import ClassLogits
 from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.engine.prediction import Batch, Predictions
@@ -55,7 +52,7 @@ from utils.seeding import mix_seed
 from utils.table_task import TableTask
 
 
-class WrapperBase(ClassLogits, PeftModel):
+class WrapperBase(ClassLogits, RowAnswers, PeftModel):
     """A LoRA model with a training loop, an evaluation and a posterior.
 
     Subclasses that are point estimates need nothing; Bayesian ones override `sampling` so that the
@@ -119,10 +116,7 @@ class WrapperBase(ClassLogits, PeftModel):
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
         self.is_tuned = type(self).tunes_on_held_out(args)
-        self.calibration: Calibration | None = None  # rows that were neither trained nor tuned on
-        self.calibrated_draws: int | None = None  # with which those were predicted
-        self._make_reader: Callable[[], Reader] | None = None  # of the task's rows
-        self._reader: Reader | None = None
+        self.begin_without_rows()
         # layers of the base model that its checkpoint has no weights for; None: that is not known
         self.new_layers: frozenset[str] | None = None
         # of `prepare_for_fit_evaluate`
@@ -487,49 +481,6 @@ class WrapperBase(ClassLogits, PeftModel):
             return prediction.predict(self, eval_loader, n_samples)
         settling = Settling.of(self.args) if self.args.draws_adaptive else None
         return prediction.predict(self, eval_loader, self.final_draws(), settling)
-
-    def read_rows_by(self, make_reader: Callable[[], Reader]) -> None:
-        """Say how rows become tokens, for `answer`; the reader is made when it is first needed."""
-        self._make_reader, self._reader = make_reader, None
-
-    @property
-    def reader(self) -> Reader:
-        """How rows of the posterior's task become tokens.
-
-        Raises:
-            RunError: nobody has said it.
-        """
-        if self._reader is None:
-            if self._make_reader is None:
-                raise RunError(
-                    "nobody has said how rows become tokens; load the posterior by load_posterior, "
-                    "or call prepare_for_fit_evaluate with a data set of this project."
-                )
-            self._reader = self._make_reader()
-        return self._reader
-
-    def answer(
-        self, rows: Iterable[dict[str, Any] | str], n_samples: int | None = None, **wanted
-    ) -> list[dict[str, Any]]:
-        """The posterior's answers to rows of its task, which need no labels.
-
-        Args:
-            rows: dicts with the task's columns; texts, where its prompt reads one column.
-            n_samples: N; 0 for the posterior mean, None for the posterior's own number.
-            wanted: what else, by the names in `decisions.calibration.Wanted`: `coverage=0.9` for
-                sets, `max_risk=0.05` for answers with a bounded error rate; both need a run with
-                --calibrate.
-        Returns:
-            a dict per row: `answer`, `probabilities` (of each answer, the mean over draws),
-            `entropy`, `expected_entropy`, `mutual_information` (nats), `num_draws`, `set` and
-            `answered` if they were asked for, and `label` if the row has one. A fitted temperature
-            is applied.
-        Raises:
-            UsageError: a row cannot be read (its position is named), or what is asked for cannot
-                be promised.
-            RunError: nobody has said how rows become tokens.
-        """
-        return answers.answer(self, rows, n_samples, wishes(wanted))
 
     def evaluate(self, eval_loader: Iterable[Batch], n_samples: int | None = None) -> Metrics:
         """Metrics of the posterior predictive over all rows; keeps the draws in `predictions`."""

@@ -9,7 +9,7 @@ rows of similar length, and no more than fit into memory however many there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from decisions.calibration import AnswerRule, Calibration, SetRule, Wanted
+from decisions.calibration import wanted as wishes
 from decisions.information import mutual_information, summarise
 from modelwrappers.engine.prediction import Batch, Predictions
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from modelwrappers.wrapperbase import WrapperBase
@@ -155,28 +156,6 @@ def fitted_temperature(wrapper: WrapperBase) -> Iterator[None]:
         wrapper.temperature = before
 
 
-def answer(
-    wrapper: WrapperBase,
-    rows: Iterable[dict[str, Any] | str],
-    n_samples: int | None,
-    wanted: Wanted,
-) -> list[dict[str, Any]]:
-    """See `WrapperBase.answer`."""
-    if isinstance(rows, str | dict):
-        raise UsageError(
-            "answer takes a list of rows; put a single one in brackets: answer([row])."
-        )
-    rules = rules_of(wrapper, wanted, n_samples)
-    reader = wrapper.reader
-    examples = [reader.example(row, f"row {i}") | {"index": i} for i, row in enumerate(rows)]
-    records: list[dict[str, Any]] = []
-    for start in range(0, len(examples), WINDOW):
-        window = examples[start : start + WINDOW]
-        answers = Answers.of(predict_window(wrapper, window, n_samples))
-        records += answers.records(wrapper.answers, *rules)
-    return records
-
-
 def rules_of(
     wrapper: WrapperBase, wanted: Wanted, n_samples: int | None = None
 ) -> tuple[SetRule | None, AnswerRule | None]:
@@ -193,3 +172,75 @@ def rules_of(
             f"had {wrapper.calibrated_draws} draws (0 is the mean); {number} are asked for."
         )
     return wanted.rules(wrapper.calibration, wrapper.answers, wrapper.args.seed_sampling)
+
+
+# --- the wrapper's part ---------------------------------------------------------------------------
+
+
+class RowAnswers:
+    """What makes a wrapper answer rows; it needs `predict`, `final_draws`, `answers` and `args`.
+
+    Attributes:
+        calibration: of rows that were neither trained nor tuned on, if there is one.
+        calibrated_draws: the number of draws with which those were predicted.
+    """
+
+    def begin_without_rows(self) -> None:
+        """Nothing is known yet of rows, and nothing calibrated."""
+        self.calibration: Calibration | None = None
+        self.calibrated_draws: int | None = None
+        self._make_reader: Callable[[], Reader] | None = None
+        self._reader: Reader | None = None
+
+    def read_rows_by(self, make_reader: Callable[[], Reader]) -> None:
+        """Say how rows become tokens, for `answer`; the reader is made when it is first needed."""
+        self._make_reader, self._reader = make_reader, None
+
+    @property
+    def reader(self) -> Reader:
+        """How rows of the posterior's task become tokens.
+
+        Raises:
+            RunError: nobody has said it.
+        """
+        if self._reader is None:
+            if self._make_reader is None:
+                raise RunError(
+                    "nobody has said how rows become tokens; load the posterior by load_posterior, "
+                    "or call prepare_for_fit_evaluate with a data set of this project."
+                )
+            self._reader = self._make_reader()
+        return self._reader
+
+    def answer(
+        self, rows: Iterable[dict[str, Any] | str], n_samples: int | None = None, **wanted
+    ) -> list[dict[str, Any]]:
+        """The posterior's answers to rows of its task, which need no labels.
+
+        Args:
+            rows: dicts with the task's columns; texts, where its prompt reads one column.
+            n_samples: N; 0 for the posterior mean, None for the posterior's own number.
+            wanted: what else, by the names in `decisions.calibration.Wanted`: `coverage=0.9` for
+                sets, `max_risk=0.05` for answers with a bounded error rate; both need a run with
+                --calibrate.
+        Returns:
+            a dict per row: `answer`, `probabilities` (of each answer, the mean over draws),
+            `entropy`, `expected_entropy`, `mutual_information` (nats), `num_draws`, `set` and
+            `answered` if they were asked for, and `label` if the row has one. A fitted temperature
+            is applied.
+        Raises:
+            UsageError: a row cannot be read (its position is named), or what is asked for cannot
+                be promised.
+            RunError: nobody has said how rows become tokens.
+        """
+        if isinstance(rows, str | dict):
+            raise UsageError("answer takes a list of rows; put a single one in brackets: [row].")
+        rules = rules_of(self, wishes(wanted), n_samples)
+        read = self.reader.example
+        examples = [read(row, f"row {i}") | {"index": i} for i, row in enumerate(rows)]
+        records: list[dict[str, Any]] = []
+        for start in range(0, len(examples), WINDOW):
+            window = examples[start : start + WINDOW]
+            answers = Answers.of(predict_window(self, window, n_samples))
+            records += answers.records(self.answers, *rules)
+        return records
