@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 
 from modelwrappers import WRAPPERS, get_wrapper
+from modelwrappers.engine.adaptive import Settling
 from modelwrappers.engine.posterior import (
     BASE_MODEL_FLAGS,
     EVALUATION_FLAGS,
+    SETTLING_FLAGS,
     PosteriorRecord,
     Saved,
     is_tuned,
@@ -162,6 +164,9 @@ def load_posterior(
     wrapper.results = {name: scores.model_dump() for name, scores in record.metrics.items()}
     wrapper.prompt, wrapper.table_task = record.prompt, record.task
     wrapper.read_rows_by(partial(_reader, wrapper, record, dataset, where))
+    is_settling = record.evaluation is not None and record.evaluation.draws_adaptive
+    if is_settling and _is_by(record, type(wrapper)) and not shared_draws:
+        wrapper.settling = Settling.of(record.evaluation)
     if shared_draws:
         _check_shared(wrapper)
     wrapper.temperature = wrapper.fitted_temperature
@@ -196,7 +201,10 @@ def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict
     if not _is_by(record, wrapper_class):  # only the adapter is taken
         return settings
     own = wrapper_class.recorded_flags(record.flags)
-    evaluation = record.evaluation.model_dump() if record.evaluation is not None else {}
+    evaluation = {}
+    if record.evaluation is not None:
+        # without what settles: `predict` gives every row all of its draws unless it is told else
+        evaluation = record.evaluation.model_dump(exclude=set(SETTLING_FLAGS))
     return settings | evaluation | own | {"bayes_eval_n_samples_final": record.n_draws}
 
 

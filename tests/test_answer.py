@@ -166,3 +166,14 @@ def test_a_method_in_memory_says_that_it_knows_no_rows(request):
 
     with pytest.raises(RunError, match="how rows become tokens"):
         in_memory("seqcls", request, "map").answer(["bank"])
+
+
+def test_a_run_that_drew_until_rows_were_settled_answers_so(causal_flags):
+    flags = [*BLOB, "--bayes-eval-n-samples-final", "16", "--draws-adaptive"]
+    folder = trained(causal_flags, *flags, "--draws-tolerance", "0.2")
+    stored = load_file(folder / "predictions.safetensors")
+    posterior = load_posterior(folder, device="cpu")
+    answers = posterior.answer(unlabelled(topic_rows(37, seed=1)))
+    assert [a["num_draws"] for a in answers] == stored["num_draws"].tolist()
+    assert len(set(stored["num_draws"].tolist())) > 1
+    assert {a["num_draws"] for a in posterior.answer(unlabelled(topic_rows(3)), 5)} == {5}

@@ -110,8 +110,8 @@ def check_data_set_name(name: str, flag: str) -> str:
     """`check_name`, of what also names a file of predictions."""
     if name in PARTS:
         raise UsageError(
-            f"{flag}: {quoted(name)} is what the predictions on rows that were not trained on are "
-            "called; choose another name for the data set."
+            f"{flag}: {quoted(name)} is what the predictions on held-out rows are called; "
+            "choose another name for the data set."
         )
     return check_name(name, flag, LONGEST_DATA_SET)
 

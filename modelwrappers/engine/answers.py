@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from decisions.calibration import AnswerRule, Calibration, SetRule, Wanted
 from decisions.calibration import wanted as wishes
 from decisions.information import mutual_information, summarise
-from modelwrappers.engine.prediction import Batch, Predictions
+from modelwrappers.engine.adaptive import Settling
+from modelwrappers.engine.prediction import Batch, Predictions, predict
 from utils.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def predict_window(
     """
     loader = wrapper.reader.loader(examples)
     with fitted_temperature(wrapper):
+        if n_samples is None and wrapper.settling is not None:
+            return predict(wrapper, loader, wrapper.final_draws(), wrapper.settling)
         return wrapper.predict(loader, **({} if n_samples is None else {"n_samples": n_samples}))
 
 
@@ -183,12 +186,14 @@ class RowAnswers:
     Attributes:
         calibration: of rows that were neither trained nor tuned on, if there is one.
         calibrated_draws: the number of draws with which those were predicted.
+        settling: when a row has draws enough, if the loaded posterior's run asked for that.
     """
 
     def begin_without_rows(self) -> None:
         """Nothing is known yet of rows, and nothing calibrated."""
         self.calibration: Calibration | None = None
         self.calibrated_draws: int | None = None
+        self.settling: Settling | None = None
         self._make_reader: Callable[[], Reader] | None = None
         self._reader: Reader | None = None
 

@@ -52,14 +52,14 @@ FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another nu
 
 # What the posterior was trained on; a posterior is one over the adapter of exactly that model.
 BASE_MODEL_FLAGS = ("model", "model_type", "load_model_path", "quantization", "dtype")
+# When a row had draws enough in the run's evaluation.
+SETTLING_FLAGS = ("draws_adaptive", "draws_tolerance", "draws_error_rate")
 # How the run's evaluation drew, so that the posterior's predictions are those that were measured.
 EVALUATION_FLAGS = (
     "seed_sampling",
     "eval_batch_size",
     "bayes_inference_notsample",
-    "draws_adaptive",
-    "draws_tolerance",
-    "draws_error_rate",
+    *SETTLING_FLAGS,
 )
 # How a row of the posterior's task becomes tokens.
 ROW_FLAGS = (
