@@ -15,7 +15,9 @@ import argparse
 import gc
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,12 +175,16 @@ def check_words(words: list[str], own: Parser) -> None:
             raise UsageError(f"unknown flag {quoted(flag)}; did you mean '{meant}'?")
 
 
-def check_rows(args: Args) -> None:
-    """Labels count: no flag uses some that no criterion has asked for.
+def check_base(args: Args) -> None:
+    """Every round trains, on the labelled rows and no others.
 
     Raises:
-        UsageError: one does, or leaves labelled rows out.
+        UsageError: there is no length, or a flag uses other labels or leaves labelled rows out.
     """
+    if not (args.max_train_steps or args.n_epochs):
+        raise UsageError(
+            "--max-train-steps and --n-epochs are 0, but every round trains; pass one of them."
+        )
     if args.hold_out:
         raise UsageError(
             "rows are held out (--hold-out, --temperature-scaling, --calibrate, --testing-set "
@@ -220,8 +226,7 @@ class Simulation:
         self.args, self._words = args, words
         self.base = program.parse_args([*words, *DECIDED], check_early=program.check_names)
         program.check_names(self.base)
-        program.check_purpose(self.base)
-        check_rows(self.base)
+        check_base(self.base)
         own = {name: getattr(args, name) for name in OF_THE_PLAN}
         given = self.base.given | {key: value for key, value in own.items() if value is not None}
         told = {"resume": args.resume, "overwrite": args.overwrite}
@@ -240,7 +245,7 @@ class Simulation:
         # as many draws at the end as of the pool: the wrapper says what the method makes of them
         first = self._args_of(args.seeds[0]).replaced(bayes_eval_n_samples_final=asked)
         wrapper = program.assemble(first, accelerator)
-        self.plan = self._planned([row["index"] for row in wrapper.dataset.train_rows])
+        self.plan = self.planned([row["index"] for row in wrapper.dataset.train_rows])
         self.num_draws = max(1, wrapper.final_draws())
         if wrapper.has_members and self.base.ensemble_average == "logits":
             self.num_draws = 1
@@ -254,7 +259,7 @@ class Simulation:
             if by == "batchbald":
                 check_shared_draws(wrapper)
 
-    def _planned(self, indices: list[int]) -> Plan:
+    def planned(self, indices: list[int]) -> Plan:
         """The rows of each seed."""
         from dataset.batches import seeded_order
 
@@ -282,16 +287,21 @@ class Simulation:
 
     def run(self, log: RoundLog, accelerator: Accelerator) -> None:
         """Make the rounds that are not there yet, each kept when it is done."""
-        for key in list(self.plan.keys())[len(log.done) :]:
-            found = self._round(key, self.plan.rows_of(key, log.done), accelerator)
-            log.append(found)
-            logger.info(
-                "%d of %d: seed %d, %s, round %d, %d labels: ACC %.4f  ECE %.4f  NLL %.4f  "
-                "Brier %.4f  (%.1f s)",
-                *(len(log.done), self.plan.size, *key, found.labelled),
-                *(found.acc, found.ece, found.nll, found.brier, found.seconds),
-            )
-            gc.collect()  # a wrapper is a ring of objects, and the next one needs its memory
+        gc.collect()
+        gc.freeze()  # the libraries: to look through them each time took half of a short round
+        try:
+            for key in list(self.plan.keys())[len(log.done) :]:
+                found = self._round(key, self.plan.rows_of(key, log.done), accelerator)
+                log.append(found)
+                logger.info(
+                    "%d of %d: seed %d, %s, round %d, %d labels: ACC %.4f  ECE %.4f  NLL %.4f  "
+                    "Brier %.4f  (%.1f s)",
+                    *(len(log.done), self.plan.size, *key, found.labelled),
+                    *(found.acc, found.ece, found.nll, found.brier, found.seconds),
+                )
+                gc.collect()  # a wrapper is a ring of objects, and the next one needs its memory
+        finally:
+            gc.unfreeze()
 
     def _round(self, key: tuple[int, str, int], rows: list[int], accelerator: Accelerator) -> Round:
         """Train on the rows from scratch, evaluate, choose."""
@@ -378,8 +388,11 @@ def write(base: Args, log: RoundLog, out: Path, made: dict[str, Any]) -> None:
     texts = {"curves.md": markdown(curves, title, told), "curves.csv": comma_separated(curves)}
     for name, text in texts.items():
         write_atomically(out / name, lambda path, text=text: path.write_text(text, "utf-8"))
-    for name in MADE[2:]:
-        write_atomically(out / name, lambda path: save_figure(title, lambda: draw(curves), path))
+    with tempfile.TemporaryDirectory(prefix="curves-") as folder:
+        plots = [Path(folder) / name for name in MADE[2:]]
+        save_figure(title, lambda: draw(curves), *plots)
+        for plot in plots:
+            write_atomically(out / plot.name, lambda path, plot=plot: shutil.copyfile(plot, path))
     print("\n" + writable(terminal(curves), sys.stdout), flush=True)
     logger.info("Learning curves: %s", quoted(str(out / MADE[0])))
 
