@@ -3,11 +3,12 @@
 import csv
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import topic_rows, write_jsonl
+from conftest import ROOT, topic_rows, write_jsonl
 from scipy import stats
 
 import main
@@ -315,6 +316,15 @@ def test_a_point_estimate_has_no_mutual_information(task, tmp_path, capsys):
     flags = [*plan, *task, *ensemble, "--by", "bald", "--overwrite"]
     assert active_learning.run(["--out", str(out), *flags]) == 0
     assert rounds_of(out)[0]["num_draws"] == 2
+
+
+def test_the_call_on_the_page_can_be_made():
+    page = (ROOT / "docs" / "active-learning.md").read_text(encoding="utf-8")
+    block = page.split("```bash\n")[1].split("```")[0]
+    words = shlex.split(block.replace("\\\n", " "))
+    assert words[:2] == ["python", "scripts/active_learning.py"]
+    simulation = active_learning.Simulation(*active_learning.parse_args(words[2:]))
+    assert simulation.planned(list(range(320))).size == 60  # as the page says
 
 
 def test_several_processes_are_refused(task, tmp_path, monkeypatch, capsys):
