@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dataset.reading import RowReader
 
 Example = dict[str, Any]
+UNLABELLED = -1  # what stands in `labels` where nobody knows the answer
 
 
 def load_tokenizer(args) -> PreTrainedTokenizerBase:
@@ -85,6 +86,7 @@ class DatasetBase(ABC):
         target_ids_are_tokens: whether classes are tokens (a causal LM's), not a head's outputs.
         task, tokenizer: what the flags named.
         is_shifted: whether it is one of --ood-datasets.
+        pool_rows: the training rows that `train_on` has left out, without their labels.
     """
 
     tasks: ClassVar[Mapping[str, Task]]
@@ -101,6 +103,7 @@ class DatasetBase(ABC):
     ) -> None:
         self.args = args
         self.accelerator = accelerator
+        self.pool_rows: list[Example] = []
         self.is_shifted = is_shifted = name is not None
         name = args.dataset if name is None else name
         source = self._source_of_answers() if task is None else None
@@ -267,8 +270,36 @@ class DatasetBase(ABC):
     @cached_property
     def train_rows(self) -> list[Example]:
         """What is trained on: all of the training set but what is held out."""
-        rows = self._divided[0] if self.args.hold_out else self._whole_training_set
-        return self._whole_batches(rows)
+        return self._whole_batches(self._trainable_rows)
+
+    def train_on(self, indices: Collection[int]) -> None:
+        """Train on these rows alone; the other ones are `pool_rows`, which tell no label.
+
+        Args:
+            indices: of the rows in their split.
+        Raises:
+            UsageError: there are none, one is no row to train on, or the training rows were asked
+                for before.
+        """
+        if "train_rows" in vars(self):
+            raise UsageError(
+                "train_on comes too late: the training rows were asked for before; call it on a "
+                "new data set."
+            )
+        chosen = frozenset(indices)
+        unknown = sorted(chosen - {row["index"] for row in self._trainable_rows})
+        if unknown or not chosen:
+            raise UsageError(
+                f"train_on: {quoted(unknown) if unknown else 'no row'}; it takes the index of one "
+                f"or more of the {len(self._trainable_rows)} training rows."
+            )
+        labelled = [row for row in self._trainable_rows if row["index"] in chosen]
+        self.train_rows = self._whole_batches(labelled)
+        self.pool_rows = [
+            row | {"labels": UNLABELLED}
+            for row in self._trainable_rows
+            if row["index"] not in chosen
+        ]
 
     @cached_property
     def held_out_rows(self) -> list[Example]:
@@ -345,6 +376,10 @@ class DatasetBase(ABC):
         """With --drop-last without the rows at the end that fill no batch of all processes."""
         size = self.args.batch_size * self.accelerator.num_processes
         return rows[: len(rows) // size * size or None] if self.args.drop_last else rows
+
+    @cached_property
+    def _trainable_rows(self) -> list[Example]:
+        return self._divided[0] if self.args.hold_out else self._whole_training_set
 
     @cached_property
     def _whole_training_set(self) -> list[Example]:

@@ -8,15 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from dataset import DATASETS
-from dataset.base import DatasetBase, Example
+from dataset.base import UNLABELLED, DatasetBase, Example
 from dataset.sources import Row
 from dataset.tables import task_of
 from dataset.tasks import Task, find_task
 from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.table_task import TableTask, is_table
-
-UNLABELLED = -1  # what stands in `labels` where nobody knows the answer
 
 
 class RowReader:

@@ -113,8 +113,9 @@ def acquire(
     if by in OF_INFORMATION:
         information = _single_scores(draws, by, num_draws)
         fullest = int(np.argmax(information / mutual_information_cap(num_draws)))
+        row = check_keys(keys, len(draws))[fullest]
         warn_near_cap(
-            information[fullest], num_draws[fullest], f"The mutual information of row {fullest}"
+            information[fullest], num_draws[fullest], f"The mutual information of row {row}"
         )
         together = f"The mutual information of the {k} chosen rows, added up,"
         warn_near_cap(information[chosen].sum(), most, together)

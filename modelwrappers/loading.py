@@ -168,7 +168,7 @@ def load_posterior(
     if is_settling and _is_by(record, type(wrapper)) and not shared_draws:
         wrapper.settling = Settling.of(record.evaluation)
     if shared_draws:
-        _check_shared(wrapper)
+        check_shared_draws(wrapper)
     wrapper.temperature = wrapper.fitted_temperature
     if wrapper.temperature is not None:
         logger.info("Predictions are scaled by the fitted temperature %.4f.", wrapper.temperature)
@@ -208,14 +208,22 @@ def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict
     return settings | evaluation | own | {"bayes_eval_n_samples_final": record.n_draws}
 
 
-def _check_shared(wrapper: WrapperBase) -> None:
+def check_shared_draws(wrapper: WrapperBase) -> None:
+    """A draw is one set of weights for all rows, so that something can be said of them together.
+
+    Raises:
+        UsageError: it is not.
+    """
     with wrapper.evaluation_draws(wrapper.final_draws()):
-        if not wrapper.rows_share_draws:
-            raise UsageError(
-                f"{wrapper.args.modelwrapper}: a draw is other weights in every row, so nothing "
-                "can be said of several rows together; take blob, tfb or deepensemble, or what "
-                "looks at rows one by one."
-            )
+        if wrapper.rows_share_draws:
+            return
+    remedy = "take blob, tfb or deepensemble"
+    if hasattr(wrapper.args, "flipout_eval"):
+        remedy = "pass --flipout-eval none"
+    raise UsageError(
+        f"{wrapper.args.modelwrapper}: a draw is other weights in every row, so nothing can be "
+        f"said of several rows together; {remedy}, or choose by what looks at rows one by one."
+    )
 
 
 SETTINGS = ("bayes_eval_n_samples_final", "prefix_cache", *EVALUATION_FLAGS)

@@ -127,12 +127,24 @@ def style(place: int) -> tuple[dict, str]:
 def _save(
     name: str, title: str, caption: str, draw: Callable[[], Figure], stem: str, folder: Path
 ) -> Plot:
+    png = folder / f"{stem}-{name}.png"
+    save_figure(title, draw, png, png.with_suffix(".pdf"))
+    return Plot(name, f"{title}. {caption}", png)
+
+
+def save_figure(title: str, draw: Callable[[], Figure], *files: Path) -> None:
+    """Draw a figure in the report's style, and save it in the formats that the files' names say.
+
+    Args:
+        title: of the whole figure.
+        draw: makes it; it must have a layout engine.
+        files: `.png` or `.pdf`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    png = folder / f"{stem}-{name}.png"
     with plt.rc_context(STYLE), warnings.catch_warnings():
         # a name may be in a script that the font has no letters of
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
@@ -140,13 +152,12 @@ def _save(
         figure.suptitle(in_plot(title, LONGEST_TITLE), fontsize=9)
         figure.get_layout_engine().execute(figure)  # once, not for every file
         figure.set_layout_engine("none")
-        for file in (png, png.with_suffix(".pdf")):
+        for file in files:
             kind = file.suffix[1:]
             # no date inside: the same numbers give the same file
             metadata = {"CreationDate": None} if kind == "pdf" else None
             figure.savefig(file, format=kind, dpi=150, metadata=metadata)
         plt.close(figure)
-    return Plot(name, f"{title}. {caption}", png)
 
 
 def _axes(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tuple[Figure, list]:

@@ -136,7 +136,7 @@ def terminal(report: Report) -> str:
             for row in family.rows
         ]
         title = one_line(family.title)
-        blocks.append(f"{title}: {family.num_examples} examples\n{_aligned(lines)}")
+        blocks.append(f"{title}: {family.num_examples} examples\n{aligned(lines)}")
     if report.options.resamples:
         blocks.append(
             "[95 % interval]  *: better than every other row, significantly  "
@@ -153,7 +153,7 @@ def _plain(cell: Cell | None, bold: str) -> str:
     return f"{value} {bracket(cell.low, cell.high)}".strip()
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(
@@ -181,7 +181,7 @@ def markdown(report: Report, made: dict[str, str]) -> str:
                 name_of_row = in_markdown(row.name)
                 lines.append([name_of_row, str(len(row.results)), row.num_draws, *cells])
             text = in_markdown(caption(family, report, name).strip())
-            parts += [f"### {name}", text, _aligned(lines)]
+            parts += [f"### {name}", text, aligned(lines)]
         if len(family.rows) > 1:
             lines = [["method", *(heading(METRICS[key]) for key in DIFFERENCES)]]
             for row in family.rows:
@@ -189,7 +189,7 @@ def markdown(report: Report, made: dict[str, str]) -> str:
                     cells = [_plain_difference(row, key, "**{}**") for key in DIFFERENCES]
                     lines.append([in_markdown(row.name), *cells])
             parts.append(f"### Difference from {in_markdown(family.baseline)}")
-            parts += [in_markdown(difference_caption(family, report)), _aligned(lines)]
+            parts += [in_markdown(difference_caption(family, report)), aligned(lines)]
         parts += [f"- {in_markdown(note)}" for note in family.notes]
     if report.skipped:
         parts.append("## Left out")
