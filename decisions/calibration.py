@@ -15,7 +15,7 @@ from decisions.conformal import ConformalThresholds
 from decisions.selective import SelectiveRule
 from utils.errors import UsageError, quoted
 
-TOLERANCE = 1e-6  # of a row's probabilities, which add up to 1
+TOLERANCE = 1e-4  # of a row's probabilities, which add up to 1 in single precision
 
 
 class Calibration(NamedTuple):
@@ -64,6 +64,11 @@ class Calibration(NamedTuple):
         Raises:
             UsageError: shares that are none, or a risk that cannot be shown.
         """
+        if by == "mutual_information" and not self.mutual_information.any():
+            raise UsageError(
+                "confidence by mutual_information: the posterior has a single prediction for each "
+                "row, and so none; choose max_probability or entropy."
+            )
         scores = confidences(self.predictive, self.mutual_information, by)
         right = self.predictive.argmax(1) == self.labels
         known = selective.calibrate(scores, right, by, seed, self.index.tolist())
@@ -155,7 +160,7 @@ class AnswerRule(NamedTuple):
             f"Answers where {self.by} allows: among the answered at most {self.max_risk:g} are "
             f"wrong, with confidence {self.confidence:g}, for rows like the {rule.num_rows} "
             f"calibration rows, of which {rule.num_answered} would be answered and "
-            f"{rule.num_errors} of those wrongly."
+            f"{rule.num_errors} of those wrongly. Nothing is promised for rows of another kind."
         )
 
 

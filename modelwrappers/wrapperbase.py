@@ -163,6 +163,11 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
         tunes = cls.tunes_on_held_out(args)
         if args.calibrate == "auto":
             args.calibrate = "half" if tunes else "all"
+        if args.calibrate != "no" and args.draws_adaptive:
+            raise UsageError(
+                f"--calibrate {args.calibrate}: sets and risks are promised for a fixed number of "
+                "draws, but --draws-adaptive gives rows different ones; drop one of them."
+            )
         if args.calibrate == "all" and tunes:
             raise UsageError(
                 "--calibrate all takes all held-out rows, but a temperature or a prior precision "

@@ -24,6 +24,7 @@ from modelwrappers.engine.prediction import Batch, Predictions, predict
 from utils.errors import RunError, UsageError
 
 if TYPE_CHECKING:
+    from modelwrappers.engine.posterior import CalibrationFacts
     from modelwrappers.wrapperbase import WrapperBase
 
 WINDOW = 8192  # rows that are sorted by length together
@@ -83,8 +84,8 @@ class Answers(NamedTuple):
 
     def as_calibration(self) -> Calibration:
         """What a posterior keeps of its calibration rows."""
-        predictive = self.predictive / self.predictive.sum(1, keepdims=True)
-        return Calibration(predictive, self.labels, self.mutual_information, self.index)
+        # the very numbers that sets are made of: scores that tie must tie to the last bit
+        return Calibration(self.predictive, self.labels, self.mutual_information, self.index)
 
     def records(
         self,
@@ -169,10 +170,16 @@ def rules_of(
     """
     number = wrapper.final_draws() if n_samples is None else n_samples
     is_asked = wanted.coverage is not None or wanted.max_risk is not None
-    if is_asked and wrapper.calibrated_draws not in (None, number):
+    if is_asked and wrapper.args.draws_adaptive:
+        raise UsageError(
+            "sets and risks are promised for a fixed number of draws, as the calibration rows had "
+            "it; drop draws_adaptive."
+        )
+    facts = wrapper.calibration_facts
+    if is_asked and facts is not None and facts.n_draws != number:
         raise UsageError(
             "sets and risks are promised for predictions like those of the calibration rows, which "
-            f"had {wrapper.calibrated_draws} draws (0 is the mean); {number} are asked for."
+            f"had {facts.n_draws} draws (0 is the mean); {number} are asked for."
         )
     return wanted.rules(wrapper.calibration, wrapper.answers, wrapper.args.seed_sampling)
 
@@ -185,14 +192,14 @@ class RowAnswers:
 
     Attributes:
         calibration: of rows that were neither trained nor tuned on, if there is one.
-        calibrated_draws: the number of draws with which those were predicted.
+        calibration_facts: how those were predicted (`engine.posterior.CalibrationFacts`).
         settling: when a row has draws enough, if the loaded posterior's run asked for that.
     """
 
     def begin_without_rows(self) -> None:
         """Nothing is known yet of rows, and nothing calibrated."""
         self.calibration: Calibration | None = None
-        self.calibrated_draws: int | None = None
+        self.calibration_facts: CalibrationFacts | None = None
         self.settling: Settling | None = None
         self._make_reader: Callable[[], Reader] | None = None
         self._reader: Reader | None = None
@@ -238,6 +245,8 @@ class RowAnswers:
                 be promised.
             RunError: nobody has said how rows become tokens.
         """
+        if n_samples is not None and (type(n_samples) is not int or n_samples < 0):
+            raise UsageError(f"n_samples is {n_samples!r}; it must be a whole number, 0 or more.")
         if isinstance(rows, str | dict):
             raise UsageError("answer takes a list of rows; put a single one in brackets: [row].")
         rules = rules_of(self, wishes(wanted), n_samples)

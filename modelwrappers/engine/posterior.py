@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from decisions.calibration import Calibration
+from decisions.conformal import MOST_ROWS
 from modelwrappers.engine.adapter_config import read_adapter_config
 from modelwrappers.engine.model_card import model_card
 from utils.adapter_base import CONFIG_FILE, RECORD_FILE
@@ -113,6 +114,22 @@ class Evaluation(Record):
     draws_error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
 
 
+class CalibrationFacts(Record):
+    """What a calibration is of: predictions that are made otherwise have no promise.
+
+    Attributes:
+        rows: how many.
+        n_draws: of each row; 0 is the posterior mean.
+        temperature: that they were scaled by.
+        unseen: whether the run knew that the adapter was not trained on these rows.
+    """
+
+    rows: Annotated[int, Field(ge=1, le=MOST_ROWS)]
+    n_draws: Annotated[int, Field(ge=0, le=100_000)]
+    temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
+    unseen: bool = True
+
+
 class Prompt(Record):
     """What a row looks like to the model: the task's example, as text and as tokens.
 
@@ -148,7 +165,7 @@ class PosteriorRecord(Record):
         evaluation: how it drew; None in records of before that was kept.
         temperature: what held-out rows have the logits divided by, if one was fitted.
         tuned: whether a temperature or a prior was chosen by held-out rows.
-        calibration: how many rows `CALIBRATION_FILE` beside the record has; None: there is none.
+        calibration: of the rows in `CALIBRATION_FILE` beside the record; None: there is none.
         metrics: data set -> what the run measured.
         flags: the method's own flags that it needs again, each under its flag's rules.
         tensors: what `WrapperBase.posterior_tensors` gave, by name; they lie beside the adapter.
@@ -178,7 +195,7 @@ class PosteriorRecord(Record):
     evaluation: Evaluation | None = None
     temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
     tuned: bool = False
-    calibration: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    calibration: CalibrationFacts | None = None
     metrics: dict[Name, Scores] = Field(default_factory=dict)
     flags: dict[Name, Any] = Field(default_factory=dict)
     tensors: list[Name] = Field(default_factory=list)
@@ -317,7 +334,7 @@ def describe(wrapper: WrapperBase, tensors: Mapping[str, Tensor]) -> PosteriorRe
         evaluation=Evaluation(**{name: getattr(args, name) for name in EVALUATION_FLAGS}),
         temperature=wrapper.fitted_temperature,
         tuned=wrapper.is_tuned,
-        calibration=len(wrapper.calibration.labels) if wrapper.calibration is not None else None,
+        calibration=wrapper.calibration_facts if wrapper.calibration is not None else None,
         metrics={name: Scores.model_validate(block) for name, block in wrapper.results.items()},
         flags={name: getattr(args, name) for name in wrapper.posterior_flags},
         tensors=sorted(tensors),
@@ -392,17 +409,38 @@ def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
     wrapper.fitted_temperature = record.temperature if record is not None else None
     if record is not None:
         wrapper.is_tuned = wrapper.is_tuned or is_tuned(record)
-        wrapper.calibration = read_calibration(saved)
-        wrapper.calibrated_draws = wrapper.final_draws()  # the record's, unless the caller says so
-        if wrapper.is_stochastic and record.evaluation is not None:
-            is_mean = record.evaluation.bayes_inference_notsample
-            wrapper.calibrated_draws = 0 if is_mean else record.n_draws
+        take_calibration(wrapper, saved)
     wrapper.take_posterior(saved.folder, record)
 
 
 def is_tuned(record: PosteriorRecord) -> bool:
     """Whether held-out rows have had a say in the posterior already."""
     return record.tuned or record.temperature is not None
+
+
+def take_calibration(wrapper: WrapperBase, saved: Saved) -> None:
+    """Keep the calibration of a loaded posterior, unless this run changes what it is of.
+
+    Raises:
+        UsageError: its file is missing, or breaks a rule.
+    """
+    calibration = read_calibration(saved)
+    if calibration is None:
+        return
+    facts = saved.record.calibration
+    changed = None
+    if type(wrapper).tunes_on_held_out(wrapper.args):
+        changed = "a temperature or a prior is chosen by held-out rows, which may be its own"
+    elif facts.temperature != wrapper.fitted_temperature:
+        changed = "its temperature is another"
+    elif wrapper.run_folder is not None and wrapper.final_draws() != facts.n_draws:
+        changed = f"it had {facts.n_draws} draws (0 is the mean), this run {wrapper.final_draws()}"
+    elif wrapper.run_folder is not None and wrapper.args.draws_adaptive:
+        changed = "it had a fixed number of draws"
+    if changed is not None:
+        logger.warning("The calibration of %s is not kept: %s.", saved.folder, changed)
+        return
+    wrapper.calibration, wrapper.calibration_facts = calibration, facts
 
 
 def read_calibration(saved: Saved) -> Calibration | None:
@@ -414,7 +452,8 @@ def read_calibration(saved: Saved) -> Calibration | None:
     record = saved.record
     if record is None or record.calibration is None or record.choices is None:
         return None
-    file, n, num_answers = saved.folder / CALIBRATION_FILE, record.calibration, len(record.choices)
+    file, n = saved.folder / CALIBRATION_FILE, record.calibration.rows
+    num_answers = len(record.choices)
     tensors = read_tensors(file, "calibration")
     where = f"calibration: {file}"
     shapes = {

@@ -14,10 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from decisions.calibration import Calibration
+from decisions.conformal import MOST_ROWS
 from modelwrappers.engine.answers import Answers
+from modelwrappers.engine.posterior import CalibrationFacts
 from modelwrappers.engine.prediction import Batch, Predictions
 from modelwrappers.engine.tracking import track
 from utils.errors import RunError
@@ -41,7 +44,13 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
     if args.temperature_scaling:
         wrapper.fitted_temperature = _fit_temperature(wrapper)
     if args.calibrate != "no":
-        wrapper.calibration, wrapper.calibrated_draws = _calibrate(wrapper), wrapper.final_draws()
+        wrapper.calibration = calibration = _calibrate(wrapper)
+        wrapper.calibration_facts = CalibrationFacts(
+            rows=len(calibration.labels),
+            n_draws=wrapper.final_draws(),
+            temperature=wrapper.fitted_temperature,
+            unseen=args.load_lora_path is None or args.adapter_dataset is not None,
+        )
     name, split = data_set_name(args.dataset), args.testing_set
     if split != "train_val":  # the others may name where anchors come from, too
         split = getattr(wrapper.dataset, "eval_split", split)
@@ -93,7 +102,11 @@ def _calibrate(wrapper: WrapperBase) -> Calibration:
     if wrapper.fitted_temperature is not None:
         scaled = scale(predictions.log_probs, wrapper.fitted_temperature).float()
         predictions = Predictions(scaled, *predictions[1:], predictions.num_draws)
-    return Answers.of(predictions).as_calibration()
+    calibration = Answers.of(predictions).as_calibration()
+    if len(calibration.labels) > MOST_ROWS:
+        kept = np.sort(np.random.default_rng(0).permutation(len(calibration.labels))[:MOST_ROWS])
+        calibration = Calibration(*(values[kept] for values in calibration))
+    return calibration
 
 
 def _fit_temperature(wrapper: WrapperBase) -> float:
