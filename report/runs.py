@@ -16,7 +16,7 @@ from report.escape import LONGEST_TEXT, shorten
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
 from utils.errors import UsageError, quoted
 from utils.records import Count, Record, read_bytes
-from utils.run_paths import NOT_RUNS, data_set_name
+from utils.run_paths import CALIBRATION, NOT_RUNS, data_set_name, predictions_file
 from utils.run_records import (
     ARGS_FILE,
     HISTORY_FILE,
@@ -49,6 +49,7 @@ OF_EVALUATION = (
     *("bayes_eval_n_samples_final", "flipout_eval", "draws"),
     *("draws_adaptive", "draws_tolerance", "draws_error_rate"),
 )
+CALIBRATING = ("auto", "all", "half")  # values of --calibrate
 MOST_HISTORY = 2**28  # bytes of history.jsonl
 MOST_NLL = 1e9  # in a plot
 SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?(\d+)")
@@ -112,6 +113,8 @@ class Run:
         adapter_seeds: those of the run that trained the loaded adapter, if there is one.
         settings: flags that say what was computed, without those of `NOT_SETTINGS`.
         posterior: tells posteriors apart.
+        calibration: predictions of rows that were neither trained nor tuned on, if the run has kept
+            them or says that it did; what else it says is that of the run's own data set.
     """
 
     folder: Path
@@ -125,6 +128,7 @@ class Run:
     started: str
     updates: int | None
     evaluations: list[Evaluation] = field(default_factory=list)
+    calibration: Evaluation | None = None
 
     @property
     def training_seeds(self) -> Seeds:
@@ -281,6 +285,13 @@ def _read_run(folder: Path) -> Run:
                 stored=block,
             )
         )
+    file = folder / predictions_file(CALIBRATION)
+    # an older run may have been evaluated on a data set of that name
+    if CALIBRATION not in metrics.datasets and (
+        os.path.lexists(file) or args.get("calibrate") in CALIBRATING
+    ):
+        own = next(e for e in run.evaluations if e.dataset == dataset)
+        run = replace(run, calibration=replace(own, file=file))
     return run
 
 
@@ -367,7 +378,8 @@ def _settings(args: dict[str, Any]) -> dict[str, Any]:
     return {
         key: SEED_IN_NAME.sub("", value) if isinstance(value, str) else value
         for key, value in args.items()
-        if key not in NOT_SETTINGS
+        # of held-out rows, --calibrate half leaves fewer to tune on; the others change nothing
+        if key not in NOT_SETTINGS and (key != "calibrate" or value == "half")
     }
 
 
