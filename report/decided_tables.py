@@ -343,9 +343,10 @@ of one class, or for the rows where the model is wrong.
 Selective answers. The surest rows are answered, as far down as exact binomial tests on the
 calibration rows allow. If these were drawn independently from what new rows are drawn from, the
 share of wrong ones among the answered is at most the risk asked for, in all but 1 - confidence of
-the calibrations. That holds for each risk alone, chosen before looking; not for all of a list
-together, and not for one that was picked because its line looks best. Where a risk “cannot be had”,
-too many of the surest calibration rows are wrong, or there are too few rows to show it.
+the calibrations. That holds for each risk alone, if it was chosen without the calibration rows: not
+for all of a list together, and with less confidence for a risk that was picked because these rows
+can show it. Where one “cannot be had”, too many of the surest calibration rows are wrong, or there
+are too few rows to show it.
 
 Conditions. New rows must be predicted in the same way: the same number and kind of draws, the same
 temperature. Data of another kind than the calibration rows have no guarantee. Such tables say “no

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -106,8 +106,7 @@ def draw_sets(
         places: of the rows' names, which say how a row looks.
         stem: of the files' names.
     """
-    source = families[0]
-    title = f"Sets trained on {source.source}, {source.model}: score {asked.set_score}"
+    title = f"{families[0].title}: sets, score {asked.set_score}"
     return _save("sets", title, SETS, lambda: _sets(families, asked, places), stem, folder)
 
 
@@ -407,7 +406,7 @@ def _sets(families: list[Family], asked: Asked, places: dict[str, int]) -> Figur
     margin = max(0.03, 0.1 * (high - low))
     axes[0].set(xlim=(max(0, low - margin), min(1.0, high + margin)), ylim=(None, 1.01))
     axes[0].set_ylabel("coverage reached")
-    _legend(axes[-1])
+    _legend(axes[-1], axes)
     return figure
 
 
@@ -450,5 +449,12 @@ def _short(name: str) -> str:
     return in_plot(name, LONGEST_LABEL)
 
 
-def _legend(ax: Axes) -> None:
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # curves lie everywhere
+def _legend(ax: Axes, axes: Iterable[Axes] = ()) -> None:
+    """Beside `ax`, as curves lie everywhere in it: of what is drawn there or in any of `axes`."""
+    shown = {}
+    for each in (*axes, ax):
+        handles, labels = each.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    ax.legend(
+        shown.values(), shown.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+    )

@@ -247,7 +247,7 @@ def _read_run(folder: Path) -> Run:
         settings = {"folder": SEED_IN_NAME.sub("", folder.name)}
     own = _settings(args)
     # what an evaluation of an earlier run's posterior has set otherwise
-    changed = {*stored.given, *OF_EVALUATION} & own.keys() - {"load_lora_path"}
+    changed = {*stored.given, *OF_EVALUATION} & own.keys() - {"load_lora_path", "calibrate"}
     command = stored.run.get("command")
     command = " ".join(map(str, command)) if isinstance(command, list) else ""
     provenance = {
@@ -375,12 +375,15 @@ def _data_set(args: dict[str, Any], flag: str = "dataset") -> str:
 
 
 def _settings(args: dict[str, Any]) -> dict[str, Any]:
-    return {
+    settings = {
         key: SEED_IN_NAME.sub("", value) if isinstance(value, str) else value
         for key, value in args.items()
-        # of held-out rows, --calibrate half leaves fewer to tune on; the others change nothing
-        if key not in NOT_SETTINGS and (key != "calibrate" or value == "half")
+        if key not in NOT_SETTINGS
     }
+    if "calibrate" in settings:
+        # With half of the held-out rows others are left to tune on; else it changes nothing.
+        settings["calibrate"] = "half" if settings["calibrate"] == "half" else "no"
+    return settings
 
 
 History = dict[str, list[tuple[int, float]]]
