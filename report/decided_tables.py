@@ -206,7 +206,7 @@ def _set_entries(row: Row, asked: Asked) -> Iterator[list[Entry]]:
 def _set_caption(family: Family, asked: Asked) -> str:
     return (
         f"Prediction sets: {family.title}. {family.num_examples} examples, {family.num_classes} "
-        f"classes, score {asked.set_score}. {SCALED_ROWS}{INTERVALS}"
+        f"classes, score {asked.set_score}. {_scaled_rows(family)}{INTERVALS}"
         f"{_conditions(family, 'A set is to hold the label with the probability asked for.')}"
     )
 
@@ -239,7 +239,7 @@ def _infeasible(line: AnswerLine, num_seeds: int) -> str:
     what = f"not by {line.infeasible} of {num_seeds} seeds" if some else INFEASIBLE
     if line.smallest is None:
         return f"{what}, nor any risk" if not some else what
-    smallest = f"smallest risk{' of all' * (num_seeds > 1)} {line.smallest:g}"
+    smallest = f"smallest risk{' for every seed' * (num_seeds > 1)} {line.smallest:g}"
     return f"{what}; {smallest}" if some else f"{what} ({smallest})"
 
 
@@ -249,9 +249,15 @@ def _answer_caption(family: Family, asked: Asked) -> str:
     )
     return (
         f"Selective answers: {family.title}. {family.num_examples} examples, the surest by "
-        f"{ANSWERED_BY.replace('_', ' ')} are answered. {SCALED_ROWS}{INTERVALS}"
+        f"{ANSWERED_BY.replace('_', ' ')} are answered. {_scaled_rows(family)}{INTERVALS}"
         f"{_conditions(family, promise)}"
     )
+
+
+def _scaled_rows(family: Family) -> str:
+    """What is said where runs have fitted a temperature."""
+    decided = [result for row in family.rows for result in row.calibrated.results]
+    return SCALED_ROWS if any(result.temperature is not None for result in decided) else ""
 
 
 def _conditions(family: Family, promise: str) -> str:

@@ -376,11 +376,16 @@ SETS = (
 
 def _sets(families: list[Family], asked: Asked, places: dict[str, int]) -> Figure:
     figure, axes = _axes(len(families), 3.4, 3.0, sharex=True, sharey=True)
+    low, high = min(asked.coverages), max(asked.coverages)
+    margin = max(0.03, 0.1 * (high - low))
+    ends = max(0.0, low - margin), min(1.0, high + margin)
+    closest = min(np.diff(asked.coverages), default=1.0)
     for family, ax in zip(families, axes, strict=True):
         rows = [row for row in shown_rows(family) if row.decided]
-        ax.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
+        ax.plot(ends, ends, color="0.5", linewidth=0.8)
         for place, row in enumerate(rows):
-            beside = 0.006 * (place - (len(rows) - 1) / 2)
+            step = min(0.006, 0.6 * closest / len(rows))
+            beside = step * (place - (len(rows) - 1) / 2)
             lines = [line for line in set_lines(row.decided, asked) if line.reached.num_seeds]
             found = [line.reached for line in lines]
             colours, marker = style(places[row.name])
@@ -402,10 +407,7 @@ def _sets(families: list[Family], asked: Asked, places: dict[str, int]) -> Figur
         told = PROMISED if all(map(is_promised, rows)) else NO_GUARANTEE
         ax.set_title(f"{_short(family.dataset)}\n{told}")
         ax.set(xlabel="coverage asked for")
-    low, high = min(asked.coverages), max(asked.coverages)
-    margin = max(0.03, 0.1 * (high - low))
-    axes[0].set(xlim=(max(0, low - margin), min(1.0, high + margin)), ylim=(None, 1.01))
-    axes[0].set_ylabel("coverage reached")
+    axes[0].set(xlim=ends, ylim=(None, 1.01), ylabel="coverage reached")
     _legend(axes[-1], axes)
     return figure
 

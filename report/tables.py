@@ -148,10 +148,12 @@ def terminal(report: Report) -> str:
         ]
         title = one_line(family.title)
         blocks.append(f"{title}: {family.num_examples} examples\n{_aligned(lines)}")
-    for family in filter(is_decided, report.families):
+    having = [family for family in report.families if is_decided(family)]
+    for family in having:
         lines = [[one_line(row.name), *texts] for row, texts in short_lines(family, report)]
         title = one_line(short_title(family, report))
         blocks.append(f"{title}\n{_aligned([SHORT_HEAD, *lines])}")
+    blocks += [one_line(text) for text in dict.fromkeys(map(left_out, having)) if text]
     if report.options.resamples:
         blocks.append(
             "[95 % interval]  *: better than every other row, significantly  "

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_folder, topic_rows, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import beta, binomtest
 from scipy.stats import t as student
 from test_report import MADE, change_json, make_run, report_on, script
-from test_report_hostile import NAMES, SPECIAL, Tags, is_quiet, without_commands
+from test_report_hostile import FAST, NAMES, SPECIAL, Tags, is_quiet, without_commands
 
 import main
 from decisions import conformal, selective
@@ -420,6 +422,26 @@ def test_a_special_file_is_a_reason_and_never_waited_for(tmp_path, kind):
     assert report.num_runs == 1 and FILE in skipped.line and len(skipped.line) < 600
 
 
+@pytest.fixture(scope="module")
+def one_calibrated(tmp_path_factory):
+    """(folder, content of its calibration rows), put back before each use."""
+    folder = make_calibrated(tmp_path_factory.mktemp("one"), n=6, rows=calibration_rows(n=30))
+    return folder, (folder / FILE).read_bytes()
+
+
+@FAST
+@given(data=st.data())
+def test_any_damage_to_the_bytes_is_a_calibration_or_a_reason(one_calibrated, data):
+    folder, intact = one_calibrated
+    content = bytearray(intact)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (folder / FILE).write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    report = report_on(folder, resamples=0)
+    is_decided = bool(report.families[0].rows[0].decided)
+    assert report.num_runs == 1 and is_decided == (not report.skipped)
+
+
 def test_a_temperature_that_is_not_taken_makes_no_sets(tmp_path):
     make_calibrated(tmp_path, temperature=1e300)
     report = report_on(tmp_path, resamples=0)
@@ -500,6 +522,7 @@ def test_one_command_shows_sets_and_answers_everywhere(written):
     folder, code, out, err = written
     assert code == 0
     assert "tfb" in err and "no sets and selective answers" in err
+    assert out.count("Not in the tables of sets and selective answers: mle, tfb.") == 1
     assert "sets (aps) and selective answers (confidence 0.8)" in out
     for asked in ("coverage 0.5", "coverage 0.75", "risk 0.3", "risk 0.001"):
         assert re.search(rf"blob \+ temperature +\| 2 +\| {asked} ", out)
