@@ -104,6 +104,7 @@ class DatasetBase(ABC):
         self.args = args
         self.accelerator = accelerator
         self.pool_rows: list[Example] = []
+        self._table_rows: dict[int, Row] = {}  # training rows of a table, by index
         self.is_shifted = is_shifted = name is not None
         name = args.dataset if name is None else name
         source = self._source_of_answers() if task is None else None
@@ -315,23 +316,43 @@ class DatasetBase(ABC):
     @cached_property
     def calibration_rows(self) -> list[Example]:
         """Held-out rows by which nothing is chosen: --calibrate keeps their predictions."""
-        return self._halves[1] if self.args.calibrate == "half" else self.held_out_rows
+        rows = self._halves[1] if self.args.calibrate == "half" else self.held_out_rows
+        trained = {tuple(row["input_ids"]) for row in self._trainable_rows}
+        if number := sum(tuple(row["input_ids"]) in trained for row in rows):
+            logger.warning(
+                "--calibrate: %d of %d calibration rows read like a training row; sets and risks "
+                "promise too much for rows that do not.",
+                number,
+                len(rows),
+            )
+        return rows
 
     @cached_property
     def _halves(self) -> tuple[list[Example], list[Example]]:
         rows = self.held_out_rows
-        order = seeded_order(len(rows), "halves of the held-out rows", self.args.seed_split)
-        first = set(order[: len(rows) // 2])
+        first = self._side([row["index"] for row in rows], 0.5, "halves of the held-out rows")
         halves = (
-            [row for i, row in enumerate(rows) if i in first],
-            [row for i, row in enumerate(rows) if i not in first],
+            [row for row in rows if row["index"] in first],
+            [row for row in rows if row["index"] not in first],
         )
         if not all(halves):
             raise UsageError(
-                f"--calibrate half: there is {len(rows)} held-out row, which has no halves; raise "
+                f"--calibrate half: {len(rows)} held-out rows leave nothing in one half; raise "
                 "--held-out-fraction."
             )
         return halves
+
+    def _side(self, indices: Sequence[int], share: float, division: str) -> set[int]:
+        """The training rows on one side of a division, which takes that share of them.
+
+        Rows of a table are divided by their text: a row stays on its side whatever rows there will
+        be one day, and rows of one text are never on both. Others are divided by their position.
+        """
+        if self.task.table is not None:
+            place = self.task.source.place
+            return {i for i in indices if place(self._table_rows[i], division) < share}
+        order = seeded_order(len(indices), division, self.args.seed_split)
+        return {indices[i] for i in order[: round(share * len(indices))]}
 
     @cached_property
     def test_rows(self) -> list[Example]:
@@ -390,8 +411,7 @@ class DatasetBase(ABC):
         rows = self._whole_training_set
         # shots count, so that the other rows stay on their side whatever --num-shots is
         total = len(rows) + len(self._shots_in("train"))
-        number = round(self.args.held_out * total)
-        held_out = set(seeded_order(total, "held out", self.args.seed_split)[:number])
+        held_out = self._side(range(total), self.args.held_out, "held out")
         parts = (
             [row for row in rows if row["index"] not in held_out],
             [row for row in rows if row["index"] in held_out],
@@ -480,6 +500,8 @@ class DatasetBase(ABC):
         left_out = self._shots_in(split)
         examples, num_cut = [], 0
         for index, (where, row) in enumerate(self.rows_of(split, limit)):
+            if self.task.table is not None and split == "train":
+                self._table_rows[index] = row
             if index in left_out:
                 continue
             example, cut = self.encoded(row, where)

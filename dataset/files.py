@@ -210,6 +210,7 @@ def _read_csv(file: Path, shown: str, what: str) -> Iterator[Read]:
 
 def _csv_cells(lines: Iterator[str], shown: str) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of each row, where the line is the row's first."""
+    csv.field_size_limit(LONGEST_LINE)
     reader = csv.reader(_without_nul(lines, shown), strict=True)
     while True:
         line = reader.line_num + 1

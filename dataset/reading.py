@@ -60,7 +60,7 @@ class RowReader:
         try:
             label = dataset.label_of(watched, where)
         except UsageError:
-            # nothing stands where the label would be
+            # nothing stands where the label would be, or what GLUE writes for that
             if not any(_is_empty(watched, column) for column in watched.asked):
                 raise
             label = UNLABELLED
@@ -117,7 +117,11 @@ def _is_absent(row: dict, column: str) -> bool:
 
 def _is_empty(row: dict, column: str) -> bool:
     value = dict.get(row, column)
-    return value is None or (isinstance(value, str) and not value.strip())
+    return (
+        value is None
+        or value in (UNLABELLED, str(UNLABELLED))
+        or (isinstance(value, str) and not value.strip())
+    )
 
 
 def _columns_read(task: Task) -> Sequence[str]:

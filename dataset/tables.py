@@ -282,10 +282,17 @@ class Table:
         return tuple(row[column] for column in self.record.text_columns)
 
     def _is_validation(self, row: Row) -> bool:
+        return self._place([self.seed, *self._text(row)]) < VALIDATION_SHARE
+
+    def place(self, row: Row, division: str) -> float:
+        """A number in [0, 1) that says on which side of a further division a row's text stands."""
+        return self._place([division, self.seed, *self._text(row)])
+
+    @staticmethod
+    def _place(content: list[Any]) -> float:
         # SHA-256: the same on every machine, and in every version of Python
-        content = json.dumps([self.seed, *self._text(row)]).encode()
-        number = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-        return number < VALIDATION_SHARE * 2**64
+        digest = hashlib.sha256(json.dumps(content).encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _path_of(file: str, flag: str) -> Path:

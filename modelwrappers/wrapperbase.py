@@ -42,7 +42,7 @@ from modelwrappers.lora.heads import head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
 from modelwrappers.lora.stochastic import RHO
 from utils.args import Args, check_own_data, check_settings, settings_of
-from utils.errors import RunError, UsageError
+from utils.errors import RunError, UsageError, quoted
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
 from utils.records import Record, as_record
@@ -112,6 +112,7 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
         # what is predicted
         self.answers: list[str] | None = None  # the C choices, in label order
         self.prompt: posterior.Prompt | None = None  # what a row looks like
+        self.recorded_answers: list[str] | None = None  # those of the loaded posterior's record
         self.table_task: TableTask | None = None  # what a user's own table asks
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
@@ -383,6 +384,7 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
         if self.is_causal:
             self.target_ids = dataset.target_ids.to(self.accelerator.device)
         if hasattr(dataset, "task"):
+            self._check_classes(dataset.task)
             self.answers = list(dataset.task.choices)
             self.table_task = getattr(dataset.task, "table", None)
         if hasattr(dataset, "reader"):
@@ -418,6 +420,22 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
         # What the generators give from here on is the method's noise: other on every process.
         torch.manual_seed(
             mix_seed("training noise", args.seed_sampling, self.accelerator.process_index)
+        )
+
+    def _check_classes(self, task) -> None:
+        """A classifier that is not trained any more answers with the classes that it has.
+
+        Raises:
+            UsageError: the data set's classes are others than those of the loaded posterior.
+        """
+        own, theirs = self.recorded_answers, list(task.choices)
+        trains = self.args.max_train_steps or self.args.n_epochs
+        if self.is_causal or trains or own is None or theirs == own:
+            return
+        raise UsageError(
+            f"--dataset {quoted(task.name)} has the classes {quoted(', '.join(theirs))}, but the "
+            f"classifier in {self.args.load_lora_path} was trained for {quoted(', '.join(own))}: "
+            "take rows of those classes, or name its data set by --ood-ori-dataset."
         )
 
     def begin_loop(self, steps_before: int = 0) -> None:

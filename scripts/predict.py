@@ -38,7 +38,7 @@ from decisions.calibration import Wanted
 from decisions.conformal import SCORES
 from decisions.selective import SCORES as CONFIDENCES
 from utils.args import Args, Parser, above, add_switch, count, positive_int, seed
-from utils.errors import RunError, UsageError, quoted
+from utils.errors import RunError, UsageError, described, quoted
 from utils.interrupts import Interrupted, interrupts
 from utils.logging import logger, quiet_libraries, setup_logging
 
@@ -197,6 +197,10 @@ def examples_of(
             continue
         as_dict = {reader.text_column or "text": row} if isinstance(row, str) else row
         if problem is None:
+            problem = unwritable(as_dict, where)
+        if problem is not None:
+            as_dict = {}
+        else:
             try:
                 yield as_dict, reader.example(row, where) | {"index": index}, None
                 continue
@@ -310,6 +314,15 @@ class Job:
             logger.info(line)
 
 
+def unwritable(row: dict[str, Any], where: str) -> str | None:
+    """Why a row cannot be part of the output, if so."""
+    try:
+        json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"{where}: the row cannot be written out again ({described(error)})."
+    return None
+
+
 def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a parquet file may hold dates and bytes."""
     return json.loads(json.dumps(row, default=str))
@@ -332,6 +345,11 @@ def main(argv: list[str]) -> None:
         else:
             rows = Path(args.rows)
             check_file(rows, "--rows")
+            if args.out != "-" and Path(args.out).exists() and rows.samefile(args.out):
+                raise UsageError(
+                    f"--out {quoted(args.out)} is --rows itself, which it would replace; choose "
+                    "another name."
+                )
         if args.out == "-":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="answers-"))
             out = Path(folder) / "rows.jsonl"
@@ -400,7 +418,7 @@ def load(args: Args) -> WrapperBase:
     for name in ("seed_sampling", "eval_batch_size"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
-    return load_posterior(
+    posterior = load_posterior(
         args.posterior,
         model=args.model,
         device=args.device,
@@ -409,6 +427,12 @@ def load(args: Args) -> WrapperBase:
         shared_draws=args.acquire is not None and args.by == "batchbald",
         **settings,
     )
+    if args.n_draws is not None and (posterior.has_members or not posterior.is_stochastic):
+        raise UsageError(
+            f"--n-draws {args.n_draws}: {posterior.args.modelwrapper} has no draws to choose the "
+            "number of; drop it."
+        )
+    return posterior
 
 
 def first_row(posterior: WrapperBase, output) -> int:
@@ -440,8 +464,8 @@ OF_THE_JOB = (
     *("window", "rows_format", "dataset", "skip_bad_rows", "acquire", "by", "seed"),
     *Wanted._fields,
 )
-# where things are may change between two calls of one job
-NOT_OF_THE_JOB = ("load_lora_path", "model", "load_model_path", "device", "resume", "overwrite")
+# where the adapter lies and what computes may change between two calls of one job
+NOT_OF_THE_JOB = ("load_lora_path", "device", "resume", "overwrite")
 
 
 def digest_of(path: Path) -> str:
@@ -463,7 +487,7 @@ def run(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return RunError.exit_code
     except KeyboardInterrupt as error:
-        logger.error("Interrupted; run the same command with --resume to go on.")
+        logger.error("Interrupted; with --out FILE, --resume goes on (not with batchbald).")
         return error.exit_code if isinstance(error, Interrupted) else 130
     return 0
 

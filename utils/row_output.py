@@ -8,6 +8,7 @@ NAME                       the finished file, which replaces what was there in o
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UsageError, quoted
-from utils.files import disk_errors, remove_folder, write_atomically, write_json
-from utils.records import Count, Name, Record, read_record
+from utils.files import (
+    disk_errors,
+    remove_folder,
+    sweep_temporaries,
+    write_atomically,
+    write_json,
+)
+from utils.records import Count, Name, Record, parse_json, read_record
 
 FORMATS = ("jsonl", "csv", "parquet")
+LONGEST_NAME = 200  # bytes: files with longer names lie beside it while it is written
 MOST_IN_MEMORY = 10_000  # rows of a parquet file that are one group of it
 
 
@@ -46,6 +54,7 @@ class RowOutput:
         self.done = 0
         self._folder = path.with_name(f".{path.name}.partial")
         self._rows, self._state = self._folder / "rows.jsonl", self._folder / "state.json"
+        self._lock: int | None = None
 
     def open(self, resume: bool, overwrite: bool) -> None:
         """Begin, or go on where an interrupted job of the same name ended.
@@ -53,6 +62,8 @@ class RowOutput:
         Raises:
             UsageError: there is another job's beginning, or the folder cannot be written.
         """
+        self._take_lock()
+        sweep_temporaries(self.path.parent, {self.path.name})
         is_begun = self._state.exists()
         if is_begun and not (resume or overwrite):
             raise UsageError(
@@ -63,8 +74,8 @@ class RowOutput:
             if is_begun and resume:
                 self._go_on()
                 return
-            remove_folder(self._folder)
-            self._folder.mkdir(parents=True)
+            for file in (self._state, self._rows):
+                file.unlink(missing_ok=True)
             self._rows.touch()
         except OSError as error:
             raise UsageError(
@@ -73,6 +84,26 @@ class RowOutput:
             ) from None
         self._keep_state(0)
 
+    def _take_lock(self) -> None:
+        """Hold the output for as long as this process writes it.
+
+        Raises:
+            UsageError: another process does, or the folder cannot be written.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o666)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is writing {self.path}; wait for it, or choose another --out."
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"--out {quoted(str(self.path))} cannot be written ({error.strerror}); choose "
+                "another place."
+            ) from None
+
     def _go_on(self) -> None:
         state = read_record(self._state, _State, "--resume", "Pass --overwrite to start over.")
         if state.job != self.job:
@@ -80,7 +111,11 @@ class RowOutput:
                 f"--resume: the part of {self.path} that is there was made from other rows, by "
                 "another posterior or with other flags; pass --overwrite to start over."
             )
-        if not self._rows.is_file() or self._rows.stat().st_size < state.size:
+        if (
+            self._rows.is_symlink()
+            or not self._rows.is_file()
+            or self._rows.stat().st_size < state.size
+        ):
             raise UsageError(
                 f"--resume: {self._rows} has lost rows since; pass --overwrite to start over."
             )
@@ -107,8 +142,11 @@ class RowOutput:
     def records(self) -> Iterator[dict[str, Any]]:
         """The records so far."""
         with open(self._rows, encoding="utf-8", newline="\n") as file:
-            for line in file:
-                yield json.loads(line)
+            for number, line in enumerate(file, 1):
+                record = parse_json(line, f"{self._rows}:{number}")
+                if not isinstance(record, dict):
+                    raise UsageError(f"{self._rows}:{number}: no record; pass --overwrite.")
+                yield record
 
     def finish(self, chosen: Callable[[], Iterable[dict[str, Any]]] | None = None) -> None:
         """Write the finished file, and forget how it was made.
@@ -134,8 +172,14 @@ def check_place(path: Path) -> None:
         while not above.exists():
             above = above.parent
         problem = None
-        if path.is_dir():
+        if path.is_symlink():
+            problem = f"it is a link, to {path.resolve()}: name that"
+        elif path.is_dir():
             problem = "it is a folder"
+        elif path.exists() and not path.is_file():
+            problem = "it is no ordinary file"
+        elif len(os.fsencode(path.name)) > LONGEST_NAME:
+            problem = f"its name has more than {LONGEST_NAME} bytes"
         elif not above.is_dir():
             problem = f"{above} is no folder"
         elif not os.access(above, os.W_OK):
@@ -213,6 +257,8 @@ def _columns(records: Records) -> dict[str, type]:
     for record in records():
         for key, value in flat(record).items():
             kind = type(value)
+            if kind is int and not -(2**63) <= value < 2**63:
+                kind = str
             if value is None:
                 kinds.setdefault(key, type(None))
             elif kinds.get(key, type(None)) in (kind, type(None)):

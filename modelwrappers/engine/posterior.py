@@ -411,6 +411,7 @@ def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
         wrapper.is_tuned = wrapper.is_tuned or is_tuned(record)
         take_calibration(wrapper, saved)
     wrapper.take_posterior(saved.folder, record)
+    wrapper.recorded_answers = saved.record.choices if saved.record is not None else None
 
 
 def is_tuned(record: PosteriorRecord) -> bool:
