@@ -117,11 +117,9 @@ def _is_absent(row: dict, column: str) -> bool:
 
 def _is_empty(row: dict, column: str) -> bool:
     value = dict.get(row, column)
-    return (
-        value is None
-        or value in (UNLABELLED, str(UNLABELLED))
-        or (isinstance(value, str) and not value.strip())
-    )
+    if isinstance(value, str):
+        return value.strip() in ("", str(UNLABELLED))
+    return value is None or (isinstance(value, int) and value == UNLABELLED)
 
 
 def _columns_read(task: Task) -> Sequence[str]:

@@ -365,8 +365,6 @@ def main(argv: list[str]) -> None:
 
 def answer_file(path: Path, out: Path, args: Args) -> None:
     """Answer the rows of a file."""
-    from tqdm import tqdm
-
     from utils.row_output import RowOutput
 
     posterior = load(args)
@@ -375,8 +373,25 @@ def answer_file(path: Path, out: Path, args: Args) -> None:
     rows = read_through(posterior, path, args)
     job.check_rows(rows.usable)
     output = RowOutput(out, args.out_format, job_name(posterior, rows, args))
-    if is_main:
-        output.open(args.resume, args.overwrite)
+    try:
+        if is_main:
+            output.open(args.resume, args.overwrite)
+        fill(output, job, rows, args)
+        if is_main:
+            job.tell(output.records())
+            chosen = job.chosen(output) if args.acquire is not None else None
+            output.finish(None if chosen is None else lambda: chosen)
+            logger.info("%d rows: %s", args.acquire or rows.number, quoted(args.out))
+    finally:
+        output.close()
+
+
+def fill(output: RowOutput, job: Job, rows: Rows, args: Args) -> None:
+    """Answer the rows that are not in the output yet, window by window."""
+    from tqdm import tqdm
+
+    posterior = job.posterior
+    is_main = posterior.accelerator.is_main_process
     start = first_row(posterior, output)
     window: list[tuple[dict, dict | None, str | None]] = []
     with tqdm(total=rows.number, initial=start, unit="row", disable=not is_main) as bar:
@@ -396,14 +411,6 @@ def answer_file(path: Path, out: Path, args: Args) -> None:
                 answer_window()
         if window:
             answer_window()
-    if is_main:
-        job.tell(output.records())
-        if args.acquire is not None:
-            chosen = job.chosen(output)
-            output.finish(lambda: chosen)
-        else:
-            output.finish()
-        logger.info("%d rows: %s", args.acquire or rows.number, quoted(args.out))
 
 
 def load(args: Args) -> WrapperBase:

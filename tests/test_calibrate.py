@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import build, run_folder, topic_rows, write_jsonl
+from conftest import TOPIC_WORDS, build, run_folder, topic_rows, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import main
@@ -55,12 +55,13 @@ def test_sets_of_new_rows_are_made_by_the_calibration_rows(flags):
     posterior = load_posterior(folder, device="cpu")
     for answer in posterior.answer(rows(), coverage=0.9):
         p = answer["probabilities"]
-        # a text that is a calibration row, too, has the threshold's own score, but for rounding
+        # a text that is a calibration row, too, may be in another batch: other rounding
         sure = {c: 1 - p[c] < threshold for c in p if abs(1 - p[c] - threshold) > 1e-6}
         assert {c for c in sure if c in answer["set"]} == {c for c in sure if sure[c]}
         assert answer["set"]
         assert answer["set"] == sorted(answer["set"], key=lambda c: -p[c])
-    assert json.loads((folder / "bayes_config.json").read_text())["calibration"] == 40
+    kept = json.loads((folder / "bayes_config.json").read_text())["calibration"]
+    assert kept == {"rows": 40, "n_draws": 0, "temperature": None, "unseen": True}
 
 
 @pytest.mark.parametrize("score", conformal.SCORES)
@@ -123,7 +124,7 @@ def test_an_adapter_of_a_run_that_held_rows_out_can_be_calibrated_later(flags, t
         (["--calibrate", "auto", "--testing-set", "train_val"], "--testing-set train_val"),
         (["--calibrate", "auto", "--hold-out", "false"], "--hold-out is false"),
         (["--calibrate", "often"], "--calibrate"),
-        (["--calibrate", "half", "--held-out-fraction", "0.005"], "no halves"),
+        (["--calibrate", "half", "--held-out-fraction", "0.005"], "leave nothing in one half"),
     ],
 )
 def test_contradictions_are_told(more, message, flags, capsys):
@@ -243,3 +244,142 @@ def test_draws_that_differ_by_row_are_no_joint_draws(flags, tmp_path, capsys):
     assert predict.run([*call, "--by", "batchbald"]) == 2
     assert "other weights in every row" in capsys.readouterr().err
     assert predict.run([*call, "--by", "bald"]) == 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--temperature-scaling"],
+        ["--bayes-eval-n-samples-final", "3"],
+        ["--bayes-inference-notsample"],
+        ["--draws-adaptive", "--bayes-eval-n-samples-final", "16"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_a_run_that_predicts_otherwise_does_not_keep_a_calibration(more, flags):
+    calibrated = [*flags, "--modelwrapper", "blob", "--max-train-steps", "3", "--calibrate", "all"]
+    main.main(calibrated)
+    later = [*flags, "--modelwrapper", "blob", "--load-lora-path", str(run_folder(calibrated))]
+    later += ["--log-path", "later"]
+    main.main([*later, *more])
+    posterior = load_posterior(run_folder([*later, *more]), device="cpu")
+    assert posterior.calibration is None
+    with pytest.raises(UsageError, match="--calibrate auto"):
+        posterior.answer(rows(2), coverage=0.8)
+
+
+def test_a_calibration_of_another_temperature_is_not_believed(flags):
+    flags = [*flags, *MAP, "--calibrate", "auto", "--temperature-scaling"]
+    main.main(flags)
+    file = run_folder(flags) / "bayes_config.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"temperature": 1.5}))
+    assert load_posterior(run_folder(flags), device="cpu").calibration is None
+
+
+def table_flags(flags: list[str], file) -> list[str]:
+    at = flags.index("--data-dir")
+    while "--data-dir" in flags:
+        at = flags.index("--data-dir")
+        flags = [*flags[:at], *flags[at + 2 :]]
+    return [*flags, "--dataset", str(file), "--text-column", "text", "--label-column", "topic"]
+
+
+def different(number: int, first: int = 0) -> list[dict]:
+    """Rows of which no two have the same tokens."""
+    words = [word for words in TOPIC_WORDS.values() for word in words.split()]
+    topics = sorted(TOPIC_WORDS)
+    found = []
+    for i in range(first, first + number):
+        text = " ".join(words[(i // len(words) ** k) % len(words)] for k in range(4))
+        found.append({"text": text, "topic": topics[i % 3]})
+    return found
+
+
+def test_rows_of_a_table_that_grows_stay_on_their_side(flags, tmp_path, caplog):
+    """Calibrated later, when there are more rows: none of them was trained on."""
+    file = tmp_path / "mine.jsonl"
+    write_jsonl(file, different(200))
+    trained = [*table_flags(flags, file), *MAP, "--hold-out"]
+    _, before, _ = build(trained)
+    seen = {tuple(row["input_ids"]) for row in before.train_rows}
+    main.main(trained)
+    write_jsonl(file, [*different(30, first=500), *different(200)])
+    later = [*table_flags(flags, file), "--modelwrapper", "map", "--calibrate", "auto"]
+    later += ["--load-lora-path", str(run_folder(trained)), "--log-path", "later"]
+    _, after, _ = build(later)
+    calibration = {tuple(row["input_ids"]) for row in after.calibration_rows}
+    assert len(calibration) > 20 and not calibration & seen
+
+
+def test_rows_of_one_text_are_on_one_side(flags, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    write_jsonl(file, different(40) * 5)
+    run = [*table_flags(flags, file), *MAP, "--calibrate", "auto", "--temperature-scaling"]
+    _, dataset, _ = build(run)
+    parts = [
+        {tuple(row["input_ids"]) for row in getattr(dataset, f"{name}_rows")}
+        for name in ("train", "tuning", "calibration")
+    ]
+    assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+
+
+def test_calibration_rows_that_read_like_training_rows_are_told(flags, monkeypatch):
+    told = []
+    monkeypatch.setattr("dataset.base.logger.warning", lambda *a: told.append(a[0] % a[1:]))
+    _, dataset, _ = build([*flags, *MAP, "--calibrate", "auto"])
+    trained = {tuple(row["input_ids"]) for row in dataset.train_rows}
+    number = sum(tuple(row["input_ids"]) in trained for row in dataset.calibration_rows)
+    assert number and f"{number} of 40 calibration rows read like a training row" in told[0]
+
+
+def test_scores_that_tie_with_calibration_rows_tie_to_the_last_bit(flags):
+    """Else constant predictions would have half the coverage that is promised."""
+    flags = [*flags, *MAP, "--calibrate", "auto"]
+    main.main(flags)
+    posterior = load_posterior(run_folder(flags), device="cpu")
+    answers = posterior.answer(rows(5))
+    found = np.array([list(a["probabilities"].values()) for a in answers])
+    same = posterior.calibration._replace(
+        predictive=np.tile(found[:1], (40, 1)), mutual_information=np.zeros(40)
+    )
+    rule = same.set_rule(0.9)
+    most = same.predictive[0, same.labels].min()
+    assert rule(found[:1], np.array([0]))[0, found[0] >= most].all()
+
+
+def test_mutual_information_of_single_predictions_is_no_confidence(flags):
+    flags = [*flags, *MAP, "--calibrate", "auto"]
+    main.main(flags)
+    posterior = load_posterior(run_folder(flags), device="cpu")
+    with pytest.raises(UsageError, match="a single prediction"):
+        posterior.answer(rows(2), max_risk=0.5, confidence_by="mutual_information")
+    with pytest.raises(UsageError, match="whole number"):
+        posterior.answer(rows(2), n_samples=-1)
+    with pytest.raises(UsageError, match="whole number"):
+        posterior.answer(rows(2), n_samples=2.5)
+
+
+def test_a_classifier_without_its_runs_flags_keeps_its_classes(flags, tmp_path, capsys):
+    """As downloaded: an adapter and its record, no args.json."""
+    write_jsonl(tmp_path / "mine.jsonl", different(60))
+    trained = [*table_flags(flags, tmp_path / "mine.jsonl"), *MAP]
+    main.main(trained)
+    folder = run_folder(trained)
+    (folder / "args.json").unlink()
+    others = [{"text": row["text"], "topic": row["topic"].upper()} for row in different(60)]
+    write_jsonl(tmp_path / "other.jsonl", others)
+    later = [*table_flags(flags, tmp_path / "other.jsonl"), "--modelwrapper", "map"]
+    later += ["--load-lora-path", str(folder), "--log-path", "later"]
+    assert main.run(later) == 2
+    assert "was trained for" in capsys.readouterr().err
+
+
+def test_joint_information_of_a_run_that_drew_until_settled(flags, tmp_path):
+    run = [*flags, "--modelwrapper", "blob", "--max-train-steps", "3", "--draws-adaptive"]
+    run += ["--bayes-eval-n-samples-final", "16"]
+    main.main(run)
+    write_jsonl(tmp_path / "rows.jsonl", rows(12))
+    call = [str(run_folder(run)), "--rows", str(tmp_path / "rows.jsonl"), "--window", "5"]
+    call += ["--acquire", "3", "--by", "batchbald", "--out", str(tmp_path / "out.jsonl")]
+    assert predict.run(call) == 0

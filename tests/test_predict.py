@@ -107,6 +107,8 @@ def test_labels_are_scored_and_rows_without_one_are_not(posterior, tmp_path, cap
 
 
 BAD = [
+    ('{"text": "bank", "n": 1e999}', r"rows.jsonl:3: the row cannot be written out again"),
+    (r'{"text": "bank", "note": "\ud800"}', r"rows.jsonl:3: the row cannot be written"),
     ('{"txt": "bank"}', r"rows.jsonl:3: column 'text' is missing"),
     ('{"text": "bank", "topic": "weather"}', r"rows.jsonl:3: unknown label"),
     ('{"text": ', r"rows.jsonl:3: not valid JSON"),
@@ -181,6 +183,9 @@ def test_rows_that_changed_since_are_not_gone_on_with(posterior, rows, tmp_path,
     begun = RowOutput(tmp_path / "out.jsonl", "jsonl", "another job")
     begun.open(False, False)
     assert call(posterior, rows, tmp_path / "out.jsonl", "--resume") == 2
+    assert "another process is writing" in capsys.readouterr().err
+    begun.close()
+    assert call(posterior, rows, tmp_path / "out.jsonl", "--resume") == 2
     assert "other rows" in capsys.readouterr().err
     (tmp_path / ".out.jsonl.partial" / "state.json").write_text('{"job": "x", "rows": -1}')
     assert call(posterior, rows, tmp_path / "out.jsonl", "--resume") == 2
@@ -196,6 +201,10 @@ def test_rows_that_changed_since_are_not_gone_on_with(posterior, rows, tmp_path,
         (["--out", "rows"], "--out-format"),
         (["--out", "."], "--out-format"),
         (["--out", "folder.csv"], "it is a folder"),
+        (["--out", "link.csv"], "it is a link"),
+        (["--out", "pipe.csv"], "no ordinary file"),
+        (["--out", f"{'x' * 220}.csv"], "more than 200 bytes"),
+        (["--out", "./rows.jsonl"], "is --rows itself"),
         (["--out", "rows.jsonl/out.csv"], "is no folder"),
         (["--out", "-", "--resume"], "standard output"),
         (["--resume", "--overwrite"], "pass one of them"),
@@ -215,6 +224,8 @@ def test_a_wrong_call_is_told_and_leaves_nothing(
     Path("rows.jsonl").write_text('{"text": "bank"}\n')
     Path("empty.jsonl").write_text("\n")
     Path("folder.csv").mkdir()
+    Path("link.csv").symlink_to("elsewhere.csv")
+    os.mkfifo("pipe.csv")
     before = sorted(tmp_path.rglob("*"))
     given = {"--rows": "rows.jsonl", "--out": "out.jsonl"}
     words = [w for k, v in given.items() if k not in flags for w in (k, v)]
@@ -246,3 +257,20 @@ def test_two_processes_write_what_one_writes(posterior, rows, tmp_path):
             for rs in (one, two)
         )
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_beyond_64_bits_and_labels_of_nobody_are_no_errors(posterior, tmp_path, capsys):
+    """GLUE writes -1 where a label is not known."""
+    rows = [{"text": "bank", "n": 2**70, "topic": -1}, {"text": "goal", "n": 1, "topic": "-1"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert call(posterior, tmp_path / "rows.jsonl", tmp_path / "out.parquet") == 0
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["input.n"] for row in table] == [str(2**70), "1"]
+    assert "rows have labels" not in capsys.readouterr().err
+
+
+def test_draws_are_chosen_where_there_are_any(classifier_flags, rows, tmp_path, capsys):
+    flags = [*classifier_flags, "--modelwrapper", "map", "--max-train-steps", "1"]
+    main.main(flags)
+    assert call(run_folder(flags), rows, tmp_path / "out.jsonl", "--n-draws", "5") == 2
+    assert "map has no draws" in capsys.readouterr().err

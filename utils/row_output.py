@@ -104,6 +104,12 @@ class RowOutput:
                 "another place."
             ) from None
 
+    def close(self) -> None:
+        """Let others have it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def _go_on(self) -> None:
         state = read_record(self._state, _State, "--resume", "Pass --overwrite to start over.")
         if state.job != self.job:

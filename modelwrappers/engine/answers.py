@@ -22,6 +22,7 @@ from decisions.information import mutual_information, summarise
 from modelwrappers.engine.adaptive import Settling
 from modelwrappers.engine.prediction import Batch, Predictions, predict
 from utils.errors import RunError, UsageError
+from utils.logging import logger
 
 if TYPE_CHECKING:
     from modelwrappers.engine.posterior import CalibrationFacts
@@ -176,6 +177,11 @@ def rules_of(
             "it; drop draws_adaptive."
         )
     facts = wrapper.calibration_facts
+    if is_asked and facts is not None and not facts.unseen:
+        logger.warning(
+            "The run that calibrated this posterior did not know which rows the adapter was "
+            "trained on: if the calibration rows are among them, sets and risks promise too much."
+        )
     if is_asked and facts is not None and facts.n_draws != number:
         raise UsageError(
             "sets and risks are promised for predictions like those of the calibration rows, which "
