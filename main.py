@@ -37,7 +37,7 @@ from utils.logging import (
     quiet_libraries,
     setup_logging,
 )
-from utils.run_paths import run_folder_path
+from utils.run_paths import data_set_name, run_folder_path
 from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
 
 # Torch and the libraries on it take seconds to import: functions that run after the call was
@@ -45,6 +45,7 @@ from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, store
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dataset.base import DatasetBase
     from modelwrappers.wrapperbase import WrapperBase
     from utils.metrics import Metrics
     from utils.run_folder import RunFolder
@@ -184,16 +185,26 @@ def run_in(
     return metrics
 
 
-def assemble(args: Args, accelerator: Accelerator | None = None) -> WrapperBase:
+def assemble(
+    args: Args,
+    accelerator: Accelerator | None = None,
+    choose_rows: Callable[[DatasetBase], None] = lambda dataset: None,
+) -> WrapperBase:
     """From flags to a wrapper that is ready to fit and evaluate; its data are `wrapper.dataset`.
 
-    The one way there, of runs, tests and benchmarks.
+    The one way there, of runs, simulations, tests and benchmarks.
+
+    Args:
+        args: flags.
+        accelerator: of this process; None: a new one.
+        choose_rows: told the data set before anything takes its rows: `DatasetBase.train_on`.
     """
     from accelerate.utils import set_seed
 
     accelerator = accelerator or build_accelerator(args)
     set_seed(args.seed)
     dataset = build_dataset(args, accelerator)
+    choose_rows(dataset)
     wrapper = modelwrappers.build_wrapper(args, dataset.num_labels, accelerator)
     wrapper.prepare_for_fit_evaluate(dataset)
     return wrapper
@@ -265,7 +276,7 @@ def kept_metrics(folder: RunFolder, args: Args) -> Metrics:
     from utils.metrics import Metrics
 
     file = folder.path / METRICS_FILE
-    name = args.dataset.rpartition(":")[2]
+    name = data_set_name(args.dataset)
     blocks = read_metrics_record(file, "--log-path").datasets
     if name not in blocks:
         raise UsageError(

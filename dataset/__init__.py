@@ -1,7 +1,7 @@
 """Data sets: rows of a task, made into batches that every method takes.
 
 `DATASETS` maps --dataset-type to a class. A data set itself is one `Task` record in `tasks.py`, or
-a record in a user's own file (`--dataset path/to/file.py:NAME`).
+a record in a user's own file (`--dataset path/to/file.py:NAME`), or a table (`--dataset my.csv`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dataset.shots import check_shots
+from dataset.tables import check_tables
 from dataset.tasks import CLASSIFICATION_TASKS, MULTIPLE_CHOICE_TASKS, check_shifted
 from utils.registry import LazyTable
 
@@ -42,11 +43,12 @@ def check_data_sets(args) -> None:
     """Look the data sets of --dataset and --ood-datasets up, before anything is loaded for them.
 
     Raises:
-        UsageError: one is unknown, its record breaks a rule, two have one name, or one has no rows
-            for --num-shots.
+        UsageError: one is unknown, its record breaks a rule, two have one name, one has no rows
+            for --num-shots, or a table lacks a column.
     """
     check_shifted(args, _TASKS[args.dataset_type])
     check_shots(args, _TASKS[args.dataset_type])
+    check_tables(args)
 
 
 def build_dataset(args, accelerator) -> DatasetBase:

@@ -5,27 +5,33 @@ from __future__ import annotations
 import dataclasses
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from dataset.batches import Batches, EvalBatches, TrainBatches, seeded_order
 from dataset.shots import NO_SHOTS, Shots
 from dataset.sources import Row, is_folder, load_rows
+from dataset.tables import table_task
 from dataset.tasks import PUBLISHED_FLAGS, Prompt, Task, check_shifted, find_task
 from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
 from utils.errors import UsageError, described, quoted
 from utils.logging import logger
 from utils.registry import users_code
-from utils.seeding import mix_seed
+from utils.table_task import is_table
+
+if TYPE_CHECKING:
+    from dataset.reading import RowReader
 
 Example = dict[str, Any]
+UNLABELLED = -1  # what stands in `labels` where nobody knows the answer
 
 
 def load_tokenizer(args) -> PreTrainedTokenizerBase:
@@ -62,101 +68,17 @@ def load_tokenizer(args) -> PreTrainedTokenizerBase:
 EVALUATED = {"train_val": "train", "train_train_val": "val", "train_val_val": "val"}
 
 
-def seeded_order(number: int, purpose: str, seed: int) -> list[int]:
-    """A permutation that depends on its arguments only."""
-    generator = torch.Generator().manual_seed(mix_seed(purpose, seed))
-    return torch.randperm(number, generator=generator).tolist()
-
-
-class TrainBatches(Sampler[list[int]]):
-    """The batches of one epoch for this process: a permutation seeded by (seed, epoch).
-
-    All processes draw the same permutation and take every `num_processes`-th row of each global
-    batch. The last global batch is filled up from the permutation's start until the processes have
-    equally many rows. `first_batch` lets a resumed run begin inside an epoch without reading what
-    it has seen.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        num_processes: int = 1,
-        shuffle: bool = True,
-    ) -> None:
-        self.shuffle = shuffle
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.num_processes = num_processes
-        self.epoch = 0
-        self.first_batch = 0
-
-    def set_position(self, epoch: int, first_batch: int = 0) -> None:
-        """Iterate `epoch` next, from its batch `first_batch` on."""
-        self.epoch = epoch
-        self.first_batch = first_batch
-
-    def __len__(self) -> int:
-        """Batches per epoch and process."""
-        return -(-self.num_rows // (self.batch_size * self.num_processes))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(mix_seed("training order", self.seed, self.epoch))
-        order = torch.randperm(self.num_rows, generator=generator).tolist()
-        if not self.shuffle:
-            order = list(range(self.num_rows))
-        missing = -len(order) % self.num_processes
-        order += (order * self.num_processes)[:missing]
-        step = self.batch_size * self.num_processes
-        for start in range(self.first_batch * step, len(order), step):
-            yield order[start : start + step][self.rank :: self.num_processes]
-
-
-class Batches(DataLoader):
-    """Batches of a data set, and the answers that they are about.
-
-    Attributes:
-        target_ids: (C,) answer tokens of a causal LM; None for a classifier.
-    """
-
-    def __init__(self, target_ids: Tensor | None, *args, **kwargs) -> None:
-        self.target_ids = target_ids
-        super().__init__(*args, **kwargs)
-
-
-class EvalBatches(Sampler[list[int]]):
-    """Batches of rows of similar length, the longest first, shared out over the processes.
-
-    A batch holds the same rows however many processes there are, so noise that is seeded by a
-    batch's first row gives the same predictions on one process and on many. Where the batches do
-    not divide evenly, some process runs the last one a second time (sharded models need equally
-    many forwards everywhere); predictions are put back by row index, so nothing counts twice.
-    """
-
-    def __init__(
-        self, lengths: list[int], batch_size: int, rank: int = 0, num_processes: int = 1
-    ) -> None:
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        self.rank = rank
-        self.num_processes = num_processes
-
-    def __len__(self) -> int:
-        return -(-len(self.batches) // self.num_processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for i in range(len(self)):
-            yield self.batches[min(i * self.num_processes + self.rank, len(self.batches) - 1)]
-
-
 class DatasetBase(ABC):
     """A task as batches: `dict[str, Tensor]` with the keys that both kinds of data set share.
 
     `input_ids (B, T)`, `attention_mask (B, T)`, `labels (B,)`, `index (B,)`: the row in its split.
+
+    Args:
+        args: flags.
+        accelerator: of this process.
+        tokenizer: None: the one that the flags name.
+        name: of one of --ood-datasets; None: --dataset.
+        task: the record, where it is known already: that of a saved posterior.
 
     Attributes:
         tasks: this kind's table of `Task` records.
@@ -164,6 +86,7 @@ class DatasetBase(ABC):
         target_ids_are_tokens: whether classes are tokens (a causal LM's), not a head's outputs.
         task, tokenizer: what the flags named.
         is_shifted: whether it is one of --ood-datasets.
+        pool_rows: the training rows that `train_on` has left out, without their labels.
     """
 
     tasks: ClassVar[Mapping[str, Task]]
@@ -176,20 +99,25 @@ class DatasetBase(ABC):
         accelerator,
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str | None = None,
+        task: Task | None = None,
     ) -> None:
         self.args = args
         self.accelerator = accelerator
+        self.pool_rows: list[Example] = []
+        self._table_rows: dict[int, Row] = {}  # training rows of a table, by index
         self.is_shifted = is_shifted = name is not None
         name = args.dataset if name is None else name
-        self.task = self.find_task(name)
+        source = self._source_of_answers() if task is None else None
+        flag = "--ood-datasets" if is_shifted else "--dataset"
+        self.task = self._named(name, flag, source) if task is None else task
         for flag, published in PUBLISHED_FLAGS.items():
             if getattr(args, flag) == published:
                 self.task = dataclasses.replace(self.task, **self.task.published.get(flag, {}))
-        if not is_shifted:
-            self.check_shifted(args)
-        source = args.ood_ori_dataset or (args.dataset if is_shifted else None)
-        if source is not None and (self.target_ids_are_tokens or not is_shifted):
-            self._take_answers_of(self.find_task(source))
+        if not is_shifted and task is None:
+            check_shifted(args, self.tasks)
+        takes = source is not None and not is_table(name)  # a table was read with them already
+        if takes and (self.target_ids_are_tokens or not is_shifted):
+            self._take_answers_of(source)
         self.eval_split = EVALUATED.get(args.testing_set, args.testing_set)
         if is_shifted and args.testing_set == "train_val":
             self.eval_split = "val"
@@ -204,15 +132,34 @@ class DatasetBase(ABC):
         if not accelerator.is_local_main_process:
             self.tokenizer = tokenizer or load_tokenizer(args)
 
-    @classmethod
-    def find_task(cls, name: str) -> Task:
-        """The record of a data set; see `dataset.tasks.find_task`."""
-        return find_task(name, cls.tasks)
+    def _named(self, name: str, flag: str, source: Task | None = None) -> Task:
+        """The record of a data set; of a table with the answers of `source`, if there is one."""
+        if is_table(name):
+            return table_task(self.args, name, flag, source)
+        return find_task(name, self.tasks)
 
-    @classmethod
-    def check_shifted(cls, args) -> None:
-        """See `dataset.tasks.check_shifted`."""
-        check_shifted(args, cls.tasks)
+    def _source_of_answers(self) -> Task | None:
+        """The data set that the adapter was or will be trained on, where this one is another.
+
+        Raises:
+            UsageError: it cannot be found.
+        """
+        args = self.args
+        if args.ood_ori_dataset is not None:
+            return self._named(args.ood_ori_dataset, "--ood-ori-dataset")
+        if self.is_shifted:
+            return self._named(args.dataset, "--dataset")
+        trains = args.max_train_steps or args.n_epochs
+        if trains or not is_table(args.dataset) or not is_table(args.adapter_dataset):
+            return None
+        # Which class is which was read off the adapter's table: this one may lack some of them.
+        try:
+            return self._named(args.adapter_dataset, "--load-lora-path")
+        except UsageError as error:
+            raise UsageError(
+                f"{error} The adapter was trained on that table, whose classes are needed: say by "
+                "--ood-ori-dataset where it is now."
+            ) from None
 
     def _take_answers_of(self, source: Task) -> None:
         """Let the answers be those that the adapter was trained on, where they agree with ours.
@@ -262,6 +209,30 @@ class DatasetBase(ABC):
         """The solved examples before each prompt; a classifier's rows have none."""
         return NO_SHOTS
 
+    def take_shots(self, text: str) -> None:
+        """Let these solved examples, of a saved posterior, stand before each prompt.
+
+        Raises:
+            UsageError: there are some, but a classifier's rows have none.
+        """
+        if text:
+            raise UsageError("a classifier's rows have no solved examples before them.")
+
+    def answer_as(self, choices: Sequence[str]) -> None:
+        """Take the answers of a saved posterior, which may be more than ours.
+
+        Raises:
+            UsageError: they are others.
+        """
+        own = self.task.choices
+        if tuple(choices[: len(own)]) != own:
+            raise UsageError(
+                f"the posterior answers {quoted(', '.join(choices))}, but the data set "
+                f"{quoted(self.task.name)} has {quoted(', '.join(own))}; name the one that it was "
+                "trained on (--dataset, or load_posterior's dataset)."
+            )
+        self.task = dataclasses.replace(self.task, choices=tuple(choices))
+
     def shown_example(self) -> dict[str, Any] | None:
         """What a row looks like to the model: the tokenizer's source, a text, its tokens.
 
@@ -273,7 +244,7 @@ class DatasetBase(ABC):
         tokens: list[int] = []
         if row:
             with suppress(UsageError):  # too long for --max-seq-len, say
-                tokens = self._encoded(row, "example")[0]["input_ids"]
+                tokens = self.encoded(row, "example")[0]["input_ids"]
                 parts = self.task.prompt(row)
                 text = [shots + "".join(parts)] if isinstance(parts, Prompt) else list(parts)
         if not (tokens or shots):
@@ -300,13 +271,88 @@ class DatasetBase(ABC):
     @cached_property
     def train_rows(self) -> list[Example]:
         """What is trained on: all of the training set but what is held out."""
-        rows = self._divided[0] if self.args.hold_out else self._whole_training_set
-        return self._whole_batches(rows)
+        return self._whole_batches(self._trainable_rows)
+
+    def train_on(self, indices: Collection[int]) -> None:
+        """Train on these rows alone; the other ones are `pool_rows`, which tell no label.
+
+        Args:
+            indices: of the rows in their split.
+        Raises:
+            UsageError: there are none, one is no row to train on, or the training rows were asked
+                for before.
+        """
+        if "train_rows" in vars(self):
+            raise UsageError(
+                "train_on comes too late: the training rows were asked for before; call it on a "
+                "new data set."
+            )
+        chosen = frozenset(indices)
+        unknown = sorted(chosen - {row["index"] for row in self._trainable_rows})
+        if unknown or not chosen:
+            raise UsageError(
+                f"train_on: {quoted(unknown) if unknown else 'no row'}; it takes the index of one "
+                f"or more of the {len(self._trainable_rows)} training rows."
+            )
+        labelled = [row for row in self._trainable_rows if row["index"] in chosen]
+        self.train_rows = self._whole_batches(labelled)
+        self.pool_rows = [
+            row | {"labels": UNLABELLED}
+            for row in self._trainable_rows
+            if row["index"] not in chosen
+        ]
 
     @cached_property
     def held_out_rows(self) -> list[Example]:
-        """The part of the training set that is not trained on, for tuning and calibration."""
+        """The part of the training set that is not trained on."""
         return self._divided[1]
+
+    @cached_property
+    def tuning_rows(self) -> list[Example]:
+        """Held-out rows by which a temperature or a prior is chosen; with --calibrate half one half
+        of them."""
+        return self._halves[0] if self.args.calibrate == "half" else self.held_out_rows
+
+    @cached_property
+    def calibration_rows(self) -> list[Example]:
+        """Held-out rows by which nothing is chosen: --calibrate keeps their predictions."""
+        rows = self._halves[1] if self.args.calibrate == "half" else self.held_out_rows
+        trained = {tuple(row["input_ids"]) for row in self._trainable_rows}
+        if number := sum(tuple(row["input_ids"]) in trained for row in rows):
+            logger.warning(
+                "--calibrate: %d of %d calibration rows read like a training row; sets and risks "
+                "promise too much for rows that do not.",
+                number,
+                len(rows),
+            )
+        return rows
+
+    @cached_property
+    def _halves(self) -> tuple[list[Example], list[Example]]:
+        rows = self.held_out_rows
+        first = self._side([row["index"] for row in rows], 0.5, "halves of the held-out rows")
+        halves = (
+            [row for row in rows if row["index"] in first],
+            [row for row in rows if row["index"] not in first],
+        )
+        if not all(halves):
+            raise UsageError(
+                f"--calibrate half: {len(rows)} held-out rows leave nothing in one half; raise "
+                "--held-out-fraction."
+            )
+        return halves
+
+    def _side(self, indices: Sequence[int], share: float, division: str) -> set[int]:
+        """The training rows on one side of a division, which takes that share of them.
+
+        Rows of a table are divided by their text: a row stays on its side whatever rows there will
+        be one day, and rows of one text are never on both. Others are divided by their position.
+        """
+        if self.task.table is not None:
+            place = self.task.source.place
+            return {i for i in indices if place(self._table_rows[i], division) < share}
+        order = seeded_order(len(indices), division, self.args.seed_split)
+        return {indices[i] for i in order[: round(share * len(indices))]}
 
     @cached_property
     def test_rows(self) -> list[Example]:
@@ -353,6 +399,10 @@ class DatasetBase(ABC):
         return rows[: len(rows) // size * size or None] if self.args.drop_last else rows
 
     @cached_property
+    def _trainable_rows(self) -> list[Example]:
+        return self._divided[0] if self.args.hold_out else self._whole_training_set
+
+    @cached_property
     def _whole_training_set(self) -> list[Example]:
         return self._examples("train", self.args.limit_train)
 
@@ -361,8 +411,7 @@ class DatasetBase(ABC):
         rows = self._whole_training_set
         # shots count, so that the other rows stay on their side whatever --num-shots is
         total = len(rows) + len(self._shots_in("train"))
-        number = round(self.args.held_out * total)
-        held_out = set(seeded_order(total, "held out", self.args.seed_split)[:number])
+        held_out = self._side(range(total), self.args.held_out, "held out")
         parts = (
             [row for row in rows if row["index"] not in held_out],
             [row for row in rows if row["index"] in held_out],
@@ -388,20 +437,30 @@ class DatasetBase(ABC):
 
     @cached_property
     def test_dataloader(self) -> DataLoader:
-        return self._eval_loader(self.test_rows)
+        return self.eval_loader(self.test_rows)
 
     @cached_property
     def anchor_dataloader(self) -> DataLoader:
-        return self._eval_loader(self.anchor_rows)
+        return self.eval_loader(self.anchor_rows)
 
     @cached_property
     def train_eval_dataloader(self) -> DataLoader:
         """The training rows once, as an evaluation sees them: for curvature."""
-        return self._eval_loader(self.train_rows)
+        return self.eval_loader(self.train_rows)
 
     @cached_property
     def held_out_dataloader(self) -> DataLoader:
-        return self._eval_loader(self.held_out_rows)
+        return self.eval_loader(self.tuning_rows)
+
+    @cached_property
+    def calibration_dataloader(self) -> DataLoader:
+        return self.eval_loader(self.calibration_rows)
+
+    def reader(self) -> RowReader:
+        """How rows without labels become tokens, for `WrapperBase.answer`."""
+        from dataset.reading import RowReader  # which builds data sets
+
+        return RowReader(self)
 
     def get_loaders(self) -> None:
         """Build both loaders now; else they are built when first used."""
@@ -441,9 +500,11 @@ class DatasetBase(ABC):
         left_out = self._shots_in(split)
         examples, num_cut = [], 0
         for index, (where, row) in enumerate(self.rows_of(split, limit)):
+            if self.task.table is not None and split == "train":
+                self._table_rows[index] = row
             if index in left_out:
                 continue
-            example, cut = self._encoded(row, where)
+            example, cut = self.encoded(row, where)
             label = self.label_of(row, where)
             examples.append(example | {"labels": label, "index": index})
             num_cut += cut
@@ -464,7 +525,12 @@ class DatasetBase(ABC):
             )
         return examples
 
-    def _encoded(self, row: Row, where: str) -> tuple[Example, bool]:
+    def encoded(self, row: Row, where: str) -> tuple[Example, bool]:
+        """`encode`, with `where` in front of whatever is wrong with the row.
+
+        Raises:
+            UsageError: the row cannot be read.
+        """
         with users_code(lambda: self.cannot_read(row, where)):
             example, cut = self.encode(row)
         self._check_tokens(example, where)
@@ -554,7 +620,8 @@ class DatasetBase(ABC):
         padding = [fill] * (width - len(tokens))
         return padding + tokens if self.padding_side == "left" else tokens + padding
 
-    def _eval_loader(self, examples: list[Example]) -> DataLoader:
+    def eval_loader(self, examples: list[Example]) -> Batches:
+        """This process's batches of examples, the longest first; see `EvalBatches`."""
         batches = EvalBatches(
             [len(example["input_ids"]) for example in examples],
             self.args.eval_batch_size,

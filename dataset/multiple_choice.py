@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dataset.base import DatasetBase, Example, seeded_order
+from dataset.base import DatasetBase, Example
+from dataset.batches import seeded_order
 from dataset.shots import (
     BOUNDARY,
     NO_SHOTS,
@@ -31,8 +33,8 @@ class MultipleChoice(DatasetBase):
     padding_side = "left"
     target_ids_are_tokens = True
 
-    def __init__(self, args, accelerator, tokenizer=None, name=None) -> None:
-        super().__init__(args, accelerator, tokenizer, name)
+    def __init__(self, args, accelerator, tokenizer=None, name=None, task=None) -> None:
+        super().__init__(args, accelerator, tokenizer, name, task)
         self._target_ids = torch.tensor(self._answer_tokens())
 
     @property
@@ -62,7 +64,7 @@ class MultipleChoice(DatasetBase):
                 raise UsageError(
                     f"the answer '{word}' of {self.task.name} is not one token of "
                     f"{self.args.model}'s tokenizer (it gives {encoded[0]}); multiple choice needs "
-                    "answers of one token each: choose other words in the task, or another model."
+                    f"answers of one token each: {self._other_words}, or another model."
                 )
             tokens[word] = single[0]
         if len(set(tokens.values())) < len(tokens):
@@ -71,6 +73,17 @@ class MultipleChoice(DatasetBase):
                 f"tokenizer: {tokens}; they cannot be told apart."
             )
         return list(tokens.values())
+
+    @property
+    def _other_words(self) -> str:
+        """What can be done about answers that are no tokens."""
+        if self.task.table is None:
+            return "choose other words in the task"
+        classes = ", ".join(self.task.table.choices)
+        return (
+            f"pass --answer-words, one for each class in this order: {quoted(classes, 400)}; or "
+            "train a classifier, whose classes may have any names (--dataset-type bertds)"
+        )
 
     @cached_property
     def shots(self) -> Shots:
@@ -100,14 +113,23 @@ class MultipleChoice(DatasetBase):
             chosen = in_turns(range(len(rows)), subjects)[:number]
         solved = BOUNDARY.join(self._solved(*rows[i]) for i in chosen)
         check_length(solved + BOUNDARY)
+        return self._as_shots(solved, splits[key], frozenset(chosen))
+
+    def _as_shots(self, solved: str, split: str, rows: frozenset[int]) -> Shots:
         # the last example's last token may depend on whether anything follows
         followed = self.tokenizer(f"{solved}{BOUNDARY}A").input_ids
-        return Shots(
-            text=solved + BOUNDARY,
-            tokens=common_beginning(self.tokenizer(solved).input_ids, followed),
-            split=splits[key],
-            rows=frozenset(chosen),
-        )
+        tokens = common_beginning(self.tokenizer(solved).input_ids, followed)
+        return Shots(text=solved + BOUNDARY, tokens=tokens, split=split, rows=rows)
+
+    def take_shots(self, text: str) -> None:
+        """See `DatasetBase`; the rows that the examples were made of are not looked for."""
+        solved = text.removesuffix(BOUNDARY)
+        self.shots = self._as_shots(solved, "", frozenset()) if solved else NO_SHOTS
+
+    def answer_as(self, choices: Sequence[str]) -> None:
+        """See `DatasetBase`; the answers' tokens follow."""
+        super().answer_as(choices)
+        self._target_ids = torch.tensor(self._answer_tokens())
 
     def _solved(self, where: str, row: Row) -> str:
         """A row's prompt and its answer."""

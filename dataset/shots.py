@@ -14,6 +14,7 @@ from typing import NamedTuple
 from dataset.tasks import Task, find_task
 from utils.errors import UsageError, quoted
 from utils.records import LONGEST_SHOTS
+from utils.table_task import is_table
 
 BOUNDARY = "\n\n"  # after each solved example
 
@@ -61,6 +62,8 @@ def check_shots(args, tasks: Mapping[str, Task]) -> None:
     """
     if args.num_shots:
         for name in (args.dataset, *(args.ood_datasets or ())):
+            if is_table(name):  # any of its rows can be one
+                continue
             split_of_shots(find_task(name, tasks), args.num_shots)
 
 

@@ -17,6 +17,8 @@ from dataset.sources import BBCNews, Hub, HubGroup, Row, Source
 from utils.embedded import TOPICS
 from utils.errors import UsageError, quoted
 from utils.registry import lookup
+from utils.run_paths import PARTS, data_set_name
+from utils.table_task import TableTask, is_table
 
 
 class Prompt(NamedTuple):
@@ -47,6 +49,8 @@ class Task:
         eos_published: whether they append end-of-text to the prompt (--append-eos).
         example: a row in the source's schema, written by hand: documentation (`scripts/tasks.py`
             renders it), and what the golden tests render.
+        table: what a user's own table asks, where that is what the record was made from
+            (`dataset.tables`).
     """
 
     name: str
@@ -59,6 +63,7 @@ class Task:
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     eos_published: bool = False
     example: Row | None = None
+    table: TableTask | None = None
 
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -88,10 +93,14 @@ def check_shifted(args, tasks: Mapping[str, Task]) -> None:
     Raises:
         UsageError: one of them is unknown, or two have one name.
     """
-    own = find_task(args.dataset, tasks).name
-    taken = {own.lower(), args.dataset.rpartition(":")[2].lower(), "held_out"}
+
+    def name_of(dataset: str) -> str:
+        """Of a table it is known without reading it."""
+        return data_set_name(dataset) if is_table(dataset) else find_task(dataset, tasks).name
+
+    taken = {name_of(args.dataset).lower(), data_set_name(args.dataset).lower(), *PARTS}
     for name in args.ood_datasets or ():
-        shifted = find_task(name, tasks).name
+        shifted = name_of(name)
         if shifted.lower() in taken:
             raise UsageError(
                 f"--ood-datasets {quoted(name)}: the results of a data set are kept under its "
@@ -124,6 +133,11 @@ def checked_task(task: Any, spec: str) -> Task:
                 f"--dataset {quoted(spec)}: the field '{name}' is {quoted(value)}; it must be "
                 f"{rule}."
             )
+    if task.table is not None and tuple(task.choices) != task.table.answers:
+        raise UsageError(
+            f"--dataset {quoted(spec)}: the fields 'choices' and 'table' have other answers; leave "
+            "'table' out: it is for tables, which need no record."
+        )
     return dataclasses.replace(task, columns=tuple(task.columns), choices=tuple(task.choices))
 
 
@@ -134,7 +148,12 @@ def _is_text(value: Any) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _is_name(value: Any) -> bool:
+NAME_RULE = (
+    "text of at most 100 bytes, letters, digits and ._+- or spaces after them: it names files"
+)
+
+
+def is_name(value: Any) -> bool:
     """A name that can be a folder's or a part of a file's on any system."""
     if not isinstance(value, str) or len(value.encode("utf-8", "surrogatepass")) > 100:
         return False
@@ -186,10 +205,7 @@ def _are_replacements(value: Any) -> bool:
 
 # field of a `Task` -> what it must be, in words and as a function
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "name": (
-        "text of at most 100 bytes, letters, digits and ._+- or spaces after them: it names files",
-        _is_name,
-    ),
+    "name": (NAME_RULE, is_name),
     "source": (
         "Hub('owner/name', config), HubGroup, an object with a method rows(split), or None",
         _is_source,
@@ -215,6 +231,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a row (a dict), or None",
         lambda value: value is None or isinstance(value, Mapping),
     ),
+    "table": ("a TableTask, or None", lambda value: value is None or isinstance(value, TableTask)),
 }
 
 

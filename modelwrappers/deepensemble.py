@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from modelwrappers.engine.posterior import adapter_folder
-from modelwrappers.lora.heads import head_modules, head_roots
+from modelwrappers.lora.heads import head_modules, head_roots, is_within
 from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.args import whole
 from utils.errors import UsageError
+from utils.hub import adapter_folder
 from utils.logging import logger, notice_once
 from utils.records import Count, Record, as_record
 from utils.seeding import mix_seed
@@ -43,10 +46,19 @@ class DeepEnsemble(WrapperBase):
         self, model, peft_config, args=None, accelerator=None, adapter_name="default", **settings
     ) -> None:
         heads = head_modules(model) if head_roots(model) else []
+        unnamed = [name for name in heads if not _names(peft_config, name)]
         if heads:
-            _give_heads_of_their_own(peft_config, heads)
+            _give_heads_of_their_own(peft_config, model, heads)
         super().__init__(model, peft_config, args, accelerator, adapter_name, **settings)
+        self.one_by_one = self.one_by_one or peft_config.use_dora  # PEFT mixes no batch of DoRA
+        self._unnamed_head = [f"base_model.model.{name}" for name in unnamed]
         size = self.args.ensemble_n or _members_of(adapter_folder(self.args))
+        if size > 1 and peft_config.bias != "none":
+            raise UsageError(
+                f"an ensemble of {size} members trains the base model's biases for one of them "
+                f"only, but the adapter has bias={peft_config.bias!r}; train with bias='none', or "
+                "pass --ensemble-n 1."
+            )
         self.members = [adapter_name, *(f"member{i}" for i in range(1, size))]
         for name in self.members[1:]:
             self.add_adapter(name, peft_config)
@@ -146,13 +158,13 @@ class DeepEnsemble(WrapperBase):
 
     def copies_kwargs(self, draws: range, rows: int) -> dict[str, Any]:
         """Which member each row of a mixed batch is sent through."""
-        if self.shares_positions:
+        if self.one_by_one:
             return {}
         return {"adapter_names": [name for name in self._names(draws) for _ in range(rows)]}
 
     def copies_forward(self, batch: Batch, draws: range, **kwargs) -> Float[Tensor, "mB C"]:
         """As the base's; where there is no mixed batch, the one member is the active one."""
-        if not self.shares_positions:
+        if not self.one_by_one:
             return super().copies_forward(batch, draws, **kwargs)
         active = self.active_adapter
         self.set_adapter(self._names(draws)[0])
@@ -191,6 +203,10 @@ class DeepEnsemble(WrapperBase):
             layer = base.get_submodule(name).modules_to_save[member]
             nn.init.normal_(layer.weight, std=getattr(base.config, "initializer_range", 0.02))
 
+    def unnamed_head(self, adapter_name: str) -> list[str]:
+        """Those that only members of an ensemble must have to themselves; they are trained on."""
+        return self._unnamed_head
+
     def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
         """Load member 0 from `folder` and the others from its subfolders.
 
@@ -223,12 +239,26 @@ def _is_adapter(name: str, members: list[str]) -> bool:
     return any(member in parts for member in members)
 
 
-def _give_heads_of_their_own(config, heads: list[str]) -> None:
+def _names(config: LoraConfig, layer: str) -> bool:
+    """Whether a LoRA configuration trains a layer, whole or by LoRA, as PEFT reads its lists."""
+    outer = [layer.rsplit(".", cut)[0] for cut in range(layer.count(".") + 1)]
+    whole = any(name.endswith(saved) for saved in config.modules_to_save or () for name in outer)
+    return whole or check_target_module_exists(config, layer) is True
+
+
+def _give_heads_of_their_own(config: LoraConfig, model: PreTrainedModel, heads: list[str]) -> None:
     """Every member trains and saves the head's linear layers whole, also where LoRA was asked for.
 
     Base weights under LoRA are trained in place: one head for all members. And PEFT sends a mixed
     batch through plain linear layers, but not through a head of several.
     """
-    config.modules_to_save = heads
-    config.target_modules = set(config.target_modules) - set(heads)
+    roots = head_roots(model)
+    others = [
+        saved
+        for saved in config.modules_to_save or ()
+        if any(n.endswith(saved) and not is_within(n, roots) for n, _ in model.named_modules())
+    ]
+    config.modules_to_save = heads + others
+    if not isinstance(config.target_modules, str):  # "all-linear" leaves out what is saved whole
+        config.target_modules = set(config.target_modules) - set(heads)
     config.task_type = None  # else stock PEFT would wrap the whole head when it loads the adapter

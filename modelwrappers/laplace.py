@@ -31,7 +31,7 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
+from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.engine.prediction import gather_rows
 from modelwrappers.engine.results import peak_memory
 from modelwrappers.lora.backbone import adapter_acts
@@ -45,7 +45,9 @@ from modelwrappers.lora.curvature import (
 )
 from modelwrappers.lora.heads import head_modules
 from modelwrappers.lora.sharding import shards_base
+from modelwrappers.lora.stochastic import variant_name
 from modelwrappers.wrapperbase import Batch, WrapperBase
+from utils.adapter_base import RECORD_FILE
 from utils.args import between, whole
 from utils.errors import RunError, UsageError, quoted
 from utils.logging import logger
@@ -215,6 +217,11 @@ class Laplace(WrapperBase):
             args.hold_out = True
 
     @classmethod
+    def tunes_on_held_out(cls, args) -> bool:
+        by_validation = args.laplace_prior_precision == "validation"
+        return by_validation or super().tunes_on_held_out(args)
+
+    @classmethod
     def prefix_obstacle(cls, args) -> str | None:
         return "the Jacobians of a row go through all of its tokens"
 
@@ -355,11 +362,16 @@ class Laplace(WrapperBase):
                     "--laplace-layers all."
                 )
         for name, layer in found:
-            is_plain = adapter in layer.lora_A and layer.lora_variant.get(adapter) is None
+            if layer.lora_variant.get(adapter) is not None:
+                raise UsageError(
+                    f"Laplace covers plain LoRA, but {name} is {variant_name(layer, adapter)}; "
+                    "take map, mle or mcdropout, or an adapter of plain LoRA."
+                )
+            is_plain = adapter in layer.lora_A
             if not is_plain or layer.lora_bias.get(adapter):
                 raise UsageError(
-                    f"Laplace covers plain LoRA on linear layers, but {name} is an embedding, has "
-                    "a bias or is a variant of LoRA; leave it out with --target-modules."
+                    f"Laplace covers plain LoRA on linear layers, but {name} is an embedding or "
+                    "has a bias of its own (lora_bias); leave it out with --target-modules."
                 )
         return found
 

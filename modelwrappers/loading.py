@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from modelwrappers import WRAPPERS, get_wrapper
-from modelwrappers.engine.adapter_config import CONFIG_FILE
+from modelwrappers.engine.adaptive import Settling
 from modelwrappers.engine.posterior import (
     BASE_MODEL_FLAGS,
-    RECORD_FILE,
+    EVALUATION_FLAGS,
+    SETTLING_FLAGS,
     PosteriorRecord,
     Saved,
-    adapter_folder,
+    is_tuned,
     load_posterior_of,
     read_posterior_record,
     read_saved,
     snapshot,
 )
-from modelwrappers.lora.backbone import load_model, lora_config
+from modelwrappers.lora.backbone import load_base, lora_config
 from modelwrappers.lora.sharding import check_sharding, shards_base
 from modelwrappers.wrapperbase import WrapperBase
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.args import settings_of
 from utils.errors import UsageError, quoted
+from utils.hub import adapter_folder
 from utils.logging import logger
 from utils.registry import names_code
+from utils.run_paths import data_set_name
 
 
 def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None) -> WrapperBase:
@@ -45,13 +50,20 @@ def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None
         saved = read_saved(adapter_folder(args), "--load-lora-path")
     if saved is not None:
         _check_members(saved, wrapper_class, args.modelwrapper)
-    model = load_model(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
+    model, new_layers = load_base(args, num_labels, accelerator.device, stay_on_cpu=is_sharded)
     config = lora_config(args, model, saved.config if saved is not None else None)
     wrapper = wrapper_class(model, config, args, accelerator)
+    wrapper.new_layers = new_layers
     if saved is not None:
         trains = args.max_train_steps or args.n_epochs
         is_own = not trains and _is_by(saved.record, wrapper_class)
         load_posterior_of(wrapper, saved, is_own)
+        if is_own and args.calibrate != "no" and is_tuned(saved.record):
+            raise UsageError(
+                f"--calibrate {args.calibrate}: a temperature or a prior of the posterior in "
+                f"{saved.folder} was chosen by held-out rows, so they cannot calibrate it any "
+                "more; pass --calibrate in the run that chooses it."
+            )
     wrapper.settle()
     return wrapper
 
@@ -91,6 +103,9 @@ def load_posterior(
     model: str | None = None,
     device: str = "auto",
     modelwrapper: str | None = None,
+    dataset: str | None = None,
+    shared_draws: bool = False,
+    **settings,
 ) -> WrapperBase:
     """The posterior that a run or `push_to_hub` left, ready to predict.
 
@@ -103,10 +118,16 @@ def load_posterior(
         device: "auto", "cpu" or "cuda".
         modelwrapper: for a posterior of a method of your own, its "path/to/file.py:CLASS"; or
             another method, which then takes the adapter that the posterior is over.
+        dataset: whose rows `answer` reads, where they are not those of the data set that the
+            posterior was trained on: a name, or for a task of your own its "path/to/file.py:NAME".
+        shared_draws: whether a draw must be one set of weights for all rows, as what is said of
+            several rows together needs it: without random signs.
+        settings: flags of draws and evaluation by their names, instead of the run's own:
+            `bayes_eval_n_samples_final=50`, `eval_batch_size=64`, `seed_sampling=2`.
     Returns:
-        the wrapper of the method that made it, in evaluation mode: `predict(loader)`,
-        `evaluate(loader)`, `forward_logits(batch, n_samples=N)`. A temperature that the run has
-        fitted is `temperature`, and `predict` and `evaluate` apply it.
+        the wrapper of the method that made it, in evaluation mode: `answer(rows)`,
+        `predict(loader)`, `evaluate(loader)`, `forward_logits(batch, n_samples=N)`. A temperature
+        that the run has fitted is `temperature`, and the first three apply it.
     Raises:
         UsageError: no adapter or no bayes_config.json there, one that breaks a rule, an unknown
             method, or one that only the file names.
@@ -114,6 +135,7 @@ def load_posterior(
     folder = Path(path_or_hub_id)
     if not _is_folder(folder):
         folder = snapshot(str(path_or_hub_id))
+    _check_described(folder)
     record = read_posterior_record(folder, "load_posterior")
     saved = read_saved(folder, "load_posterior", record)
     where = f"load_posterior: {folder / RECORD_FILE}"
@@ -130,6 +152,9 @@ def load_posterior(
         )
     method = modelwrapper or record.modelwrapper
     called = {"modelwrapper": method, "load_lora_path": str(folder), "device": device}
+    called |= _checked_settings(settings)
+    if shared_draws and "flipout_eval" in get_wrapper(method).posterior_flags:
+        called["flipout_eval"] = "none"
     if model is not None:
         called |= {"model": str(model), "load_model_path": None}
     args = settings_of(get_wrapper(method), called, _settings(record, get_wrapper(method)), where)
@@ -137,11 +162,33 @@ def load_posterior(
     wrapper = build_wrapper(args, len(record.choices), accelerator, saved)
     _take_answers(wrapper, record, where)
     wrapper.results = {name: scores.model_dump() for name, scores in record.metrics.items()}
-    wrapper.prompt = record.prompt
+    wrapper.prompt, wrapper.table_task = record.prompt, record.task
+    wrapper.read_rows_by(partial(_reader, wrapper, record, dataset, where))
+    is_settling = record.evaluation is not None and record.evaluation.draws_adaptive
+    if is_settling and _is_by(record, type(wrapper)) and not shared_draws:
+        wrapper.settling = Settling.of(record.evaluation)
+    if shared_draws:
+        check_shared_draws(wrapper)
     wrapper.temperature = wrapper.fitted_temperature
     if wrapper.temperature is not None:
         logger.info("Predictions are scaled by the fitted temperature %.4f.", wrapper.temperature)
     return wrapper.eval()
+
+
+def _check_described(folder: Path) -> None:
+    """An adapter is no posterior yet.
+
+    Raises:
+        UsageError: it lies there without a record; the message says how it becomes one.
+    """
+    if not (folder / RECORD_FILE).exists() and (folder / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"load_posterior: there is no file {folder / RECORD_FILE}: what lies there is an "
+            "adapter, and no posterior yet. Make one of it: `python main.py --load-lora-path "
+            f"{folder} --modelwrapper METHOD --dataset-type TYPE --dataset NAME --checkpoint` "
+            "evaluates it with METHOD (and trains it, with --max-train-steps N); then load that "
+            "run's folder."
+        )
 
 
 def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict[str, object]:
@@ -149,12 +196,80 @@ def _settings(record: PosteriorRecord, wrapper_class: type[WrapperBase]) -> dict
     settings = {
         **record.model_dump(include={*BASE_MODEL_FLAGS, "dataset_type"}),
         **record.rows.model_dump(),
-        "dataset": record.dataset.rpartition(":")[2],  # a name: nothing is looked up
+        "dataset": data_set_name(record.dataset),  # a name: nothing is looked up
     }
     if not _is_by(record, wrapper_class):  # only the adapter is taken
         return settings
     own = wrapper_class.recorded_flags(record.flags)
-    return settings | own | {"bayes_eval_n_samples_final": record.n_draws}
+    evaluation = {}
+    if record.evaluation is not None:
+        # without what settles: `predict` gives every row all of its draws unless it is told else
+        evaluation = record.evaluation.model_dump(exclude=set(SETTLING_FLAGS))
+    return settings | evaluation | own | {"bayes_eval_n_samples_final": record.n_draws}
+
+
+def check_shared_draws(wrapper: WrapperBase) -> None:
+    """A draw is one set of weights for all rows, so that something can be said of them together.
+
+    Raises:
+        UsageError: it is not.
+    """
+    with wrapper.evaluation_draws(wrapper.final_draws()):
+        if wrapper.rows_share_draws:
+            return
+    remedy = "take blob, tfb or deepensemble"
+    if hasattr(wrapper.args, "flipout_eval"):
+        remedy = "pass --flipout-eval none"
+    raise UsageError(
+        f"{wrapper.args.modelwrapper}: a draw is other weights in every row, so nothing can be "
+        f"said of several rows together; {remedy}, or choose by what looks at rows one by one."
+    )
+
+
+SETTINGS = ("bayes_eval_n_samples_final", "prefix_cache", *EVALUATION_FLAGS)
+
+
+def _checked_settings(settings: dict[str, object]) -> dict[str, object]:
+    """What a caller may say of draws and evaluation.
+
+    Raises:
+        UsageError: another flag, which the posterior's record decides.
+    """
+    for name in settings:
+        if name not in SETTINGS:
+            raise UsageError(
+                f"load_posterior takes no {quoted(name)}: its settings are {', '.join(SETTINGS)}; "
+                "all else stands in the posterior's record."
+            )
+    return settings
+
+
+def _reader(wrapper: WrapperBase, record: PosteriorRecord, dataset: str | None, where: str):
+    """How rows of the posterior's task become tokens: `dataset.reading.RowReader`."""
+    from dataset.reading import reader_of
+
+    if dataset is None and names_code(record.dataset):
+        raise UsageError(
+            f"{where} names the data set {quoted(record.dataset)}, a file, and code is not taken "
+            "from a hub repo or a folder on a file's word. Look at that file, then pass "
+            'dataset="path/to/file.py:NAME".'
+        )
+    reader = reader_of(
+        wrapper.args.replaced(dataset=dataset or record.dataset),
+        wrapper.accelerator,
+        record.choices,
+        shots=record.prompt.shots if record.prompt is not None else "",
+        table=record.task if dataset is None else None,
+        example_tokens=record.prompt.input_ids if record.prompt is not None else (),
+    )
+    own = wrapper.target_ids
+    if own is not None and reader.target_ids.tolist() != own.tolist():
+        raise UsageError(
+            f"{where}: the answers' tokens are {quoted(own.tolist())}, but the tokenizer of "
+            f"{quoted(wrapper.args.model)} gives {quoted(reader.target_ids.tolist())}: it is not "
+            "the one that the posterior was trained with."
+        )
+    return reader
 
 
 def _take_answers(wrapper: WrapperBase, record: PosteriorRecord, where: str) -> None:

@@ -47,15 +47,24 @@ class MCDropout(WrapperBase):
 
     @contextmanager
     def sampling(self, n_samples: int) -> Iterator[None]:
-        masks = self.noisy_modules()
-        before = [mask.training for mask in masks]
-        for mask in masks:
-            mask.train(n_samples > 0)
+        # DoRA applies its mask only where the layer itself is in training; a layer's `train` would
+        # clear the norms that DoRA keeps, so its own mode alone is set.
+        modules = [*self.noisy_modules(), *self._dora_layers()]
+        before = [module.training for module in modules]
+        for module in modules:
+            module.training = n_samples > 0
         try:
             yield
         finally:
-            for mask, mode in zip(masks, before, strict=True):
-                mask.train(mode)
+            for module, mode in zip(modules, before, strict=True):
+                module.training = mode
+
+    def _dora_layers(self) -> list[LoraLayer]:
+        return [
+            layer
+            for layer in self.modules()
+            if isinstance(layer, LoraLayer) and self.active_adapter in layer.lora_magnitude_vector
+        ]
 
 
 def _check_dropout(probability: float) -> None:

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor
 
-from modelwrappers.engine.posterior import RECORD_FILE, PosteriorRecord
+from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.lora.stochastic import (
     RHO,
     GaussianPosterior,
@@ -27,6 +27,7 @@ from modelwrappers.lora.stochastic import (
     spread_tensors,
 )
 from modelwrappers.wrapperbase import Batch, WrapperBase
+from utils.adapter_base import RECORD_FILE
 from utils.args import (
     above,
     add_switch,

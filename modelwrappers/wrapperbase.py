@@ -9,7 +9,7 @@ is kept of them (`results`), folder and hub (`posterior`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,8 +22,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from modelwrappers.engine import posterior, prediction, results, training
+from modelwrappers.engine import (
+    adapter_weights,
+    posterior,
+    prediction,
+    results,
+    training,
+)
 from modelwrappers.engine.adaptive import FIRST_STAGE, Settling
+from modelwrappers.engine.answers import RowAnswers
 from modelwrappers.engine.logits import ClassLogits
 from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.engine.prediction import Batch, Predictions
@@ -33,17 +40,19 @@ from modelwrappers.lora.blocks import find_blocks
 from modelwrappers.lora.exact_4bit import use_exact_4bit
 from modelwrappers.lora.heads import head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
+from modelwrappers.lora.stochastic import RHO
 from utils.args import Args, check_own_data, check_settings, settings_of
-from utils.errors import RunError, UsageError
+from utils.errors import RunError, UsageError, quoted
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
 from utils.records import Record, as_record
 from utils.run_folder import RunFolder
 from utils.run_paths import check_data_set_name, run_folder_path
 from utils.seeding import mix_seed
+from utils.table_task import TableTask
 
 
-class WrapperBase(ClassLogits, PeftModel):
+class WrapperBase(ClassLogits, RowAnswers, PeftModel):
     """A LoRA model with a training loop, an evaluation and a posterior.
 
     Subclasses that are point estimates need nothing; Bayesian ones override `sampling` so that the
@@ -71,6 +80,8 @@ class WrapperBase(ClassLogits, PeftModel):
     posterior_file = posterior.TENSORS_FILE  # which of them holds `posterior_tensors`
     learning_rate_flags: ClassVar[tuple[str, ...]] = ("--lr",)  # of its optimizers, for messages
     posterior_flags: ClassVar[tuple[str, ...]] = ()  # flags that a saved posterior needs again
+    # ends of LoRA tensors' names that are of a posterior, beside the mean that any method takes
+    posterior_suffixes: ClassVar[tuple[str, ...]] = (RHO,)
     Description: ClassVar[type[Record]] = Record  # the type of what `method_config` says
 
     def __init__(
@@ -101,10 +112,17 @@ class WrapperBase(ClassLogits, PeftModel):
         # what is predicted
         self.answers: list[str] | None = None  # the C choices, in label order
         self.prompt: posterior.Prompt | None = None  # what a row looks like
+        self.recorded_answers: list[str] | None = None  # those of the loaded posterior's record
+        self.table_task: TableTask | None = None  # what a user's own table asks
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
+        self.is_tuned = type(self).tunes_on_held_out(args)
+        self.begin_without_rows()
+        # layers of the base model that its checkpoint has no weights for; None: that is not known
+        self.new_layers: frozenset[str] | None = None
         # of `prepare_for_fit_evaluate`
         self.dataset = self.train_loader = self.eval_loader = self.held_out_loader = None
+        self.calibration_loader = None
         self.shifted: dict[str, tuple[Any, Iterable[Batch]]] = {}  # name -> data set and loader
         # what training makes
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -131,6 +149,11 @@ class WrapperBase(ClassLogits, PeftModel):
         """Fill in the method's defaults and raise `UsageError` on flags that contradict it."""
 
     @classmethod
+    def tunes_on_held_out(cls, args) -> bool:
+        """Whether the run chooses anything by its held-out rows: a temperature, a prior."""
+        return args.temperature_scaling
+
+    @classmethod
     def check_call(cls, args) -> None:
         """`check_arguments`, and flags that every method has but not all can follow.
 
@@ -138,6 +161,19 @@ class WrapperBase(ClassLogits, PeftModel):
             UsageError: one of them is given to a method that cannot.
         """
         cls.check_arguments(args)
+        tunes = cls.tunes_on_held_out(args)
+        if args.calibrate == "auto":
+            args.calibrate = "half" if tunes else "all"
+        if args.calibrate != "no" and args.draws_adaptive:
+            raise UsageError(
+                f"--calibrate {args.calibrate}: sets and risks are promised for a fixed number of "
+                "draws, but --draws-adaptive gives rows different ones; drop one of them."
+            )
+        if args.calibrate == "all" and tunes:
+            raise UsageError(
+                "--calibrate all takes all held-out rows, but a temperature or a prior precision "
+                "is chosen by them, too; pass --calibrate half, or auto."
+            )
         if args.draws_adaptive and args.bayes_eval_n_samples_final <= FIRST_STAGE:
             raise UsageError(
                 f"--draws-adaptive looks at a row for the first time after {FIRST_STAGE} draws, "
@@ -306,6 +342,22 @@ class WrapperBase(ClassLogits, PeftModel):
             for key, value in self.get_submodule(name).state_dict().items()
         }
 
+    def unnamed_head(self, adapter_name: str) -> list[str]:
+        """Layers of a classification head that are trained here, by no word of the adapter's own.
+
+        An adapter that PEFT has trained need not hold them: what its configuration does not name
+        was frozen.
+        """
+        return self._trained_base_layers
+
+    def freeze_head(self, layers: Collection[str], adapter_name: str) -> None:
+        """Take layers of `unnamed_head` out of training; biases that PEFT trains stay in it."""
+        keeps_biases = self.peft_config[adapter_name].bias == "all"
+        for name in layers:
+            for key, parameter in self.get_submodule(name).named_parameters(recurse=False):
+                parameter.requires_grad_(keeps_biases and key == "bias")
+        self._trained_base_layers = [n for n in self._trained_base_layers if n not in layers]
+
     def settle(self) -> None:
         """Move to this process's device; with FSDP the frozen base in parts."""
         accelerator = self.accelerator
@@ -332,7 +384,11 @@ class WrapperBase(ClassLogits, PeftModel):
         if self.is_causal:
             self.target_ids = dataset.target_ids.to(self.accelerator.device)
         if hasattr(dataset, "task"):
+            self._check_classes(dataset.task)
             self.answers = list(dataset.task.choices)
+            self.table_task = getattr(dataset.task, "table", None)
+        if hasattr(dataset, "reader"):
+            self.read_rows_by(dataset.reader)
         if (example := getattr(dataset, "shown_example", lambda: None)()) is not None:
             self.prompt = posterior.Prompt(**example)
         if not self.is_causal and getattr(dataset, "pad_token_id", None) is not None:
@@ -348,6 +404,8 @@ class WrapperBase(ClassLogits, PeftModel):
             check_data_set_name(name, "--ood-datasets")
         if args.temperature_scaling:
             self.held_out_loader = dataset.held_out_dataloader
+        if args.calibrate != "no":
+            self.calibration_loader = dataset.calibration_dataloader
         self.num_training_steps = self.last_step = args.max_train_steps
         if args.max_train_steps or args.n_epochs:
             self.train_loader = dataset.train_dataloader
@@ -362,6 +420,22 @@ class WrapperBase(ClassLogits, PeftModel):
         # What the generators give from here on is the method's noise: other on every process.
         torch.manual_seed(
             mix_seed("training noise", args.seed_sampling, self.accelerator.process_index)
+        )
+
+    def _check_classes(self, task) -> None:
+        """A classifier that is not trained any more answers with the classes that it has.
+
+        Raises:
+            UsageError: the data set's classes are others than those of the loaded posterior.
+        """
+        own, theirs = self.recorded_answers, list(task.choices)
+        trains = self.args.max_train_steps or self.args.n_epochs
+        if self.is_causal or trains or own is None or theirs == own:
+            return
+        raise UsageError(
+            f"--dataset {quoted(task.name)} has the classes {quoted(', '.join(theirs))}, but the "
+            f"classifier in {self.args.load_lora_path} was trained for {quoted(', '.join(own))}: "
+            "take rows of those classes, or name its data set by --ood-ori-dataset."
         )
 
     def begin_loop(self, steps_before: int = 0) -> None:
@@ -493,5 +567,5 @@ class WrapperBase(ClassLogits, PeftModel):
         return posterior.replace_files(self, folder) if self.accelerator.is_main_process else []
 
     def load_adapter_weights(self, folder: Path, adapter_name: str = "default") -> None:
-        """Fill the adapter from a folder; see `engine.posterior.load_weights`."""
-        posterior.load_weights(self, folder, adapter_name)
+        """Fill the adapter from a folder; see `engine.adapter_weights.load_weights`."""
+        adapter_weights.load_weights(self, folder, adapter_name)

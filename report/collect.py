@@ -10,11 +10,13 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from report.decided import Calibrated, Decided, calibrate, decide
 from report.escape import distinct, shorten
 from report.measure import METRICS, Examples, Source, curves, measure, measure_shift
 from report.predictions import Predictions, read_predictions
@@ -41,6 +43,7 @@ POINT_ESTIMATES = ("mle", "map")  # what other methods are held against, in this
 SHOWN_FLAGS = 4  # of a row's settings, in its name
 MOST_REASONS = 20  # of a folder, why something is left out
 SCALED = " + temperature"  # after a row's name
+NOT_DECIDED = "no sets and selective answers"
 MOST_PARTS = 8  # of a path that are looked at, and of a flag's values that are shown
 TOLERANCE = 1e-3  # between metrics.json and what its predictions give
 UNEQUAL_DRAWS = (
@@ -126,8 +129,10 @@ def _measure_posterior(
     """All evaluations of one posterior, raw and temperature scaled, the newer runs first.
 
     What is damaged, and what a newer run has measured on the same examples, goes to the report.
-    Shifted examples are held against the source examples of their own run, or the newest one's.
+    Shifted examples are held against the source examples of their own run, or the newest one's; so
+    are sets and selective answers made by the calibration rows of either.
     """
+    calibrated = _calibrations(runs, names, options, report)
     results: list[Result] = []
     taken: dict[tuple, Evaluation] = {}
     sources: dict[tuple[Path | None, bool], Source] = {}
@@ -157,14 +162,57 @@ def _measure_posterior(
             source = None
             if evaluation.shifted:
                 source = sources.get((run.folder, scaled), sources.get((None, scaled)))
+            decided = None
+            if temperature == evaluation.temperature:  # where there is one, whoever predicts has it
+                by_run, by_row = ((k, temperature) for k in (run.folder, names[run.folder]))
+                rows = calibrated.get(by_run, calibrated.get(by_row))
+                decided = rows and _decide(rows, evaluation, predictions, examples, options, report)
             result = _measure(run, evaluation, predictions, temperature, examples, source, options)
-            results.append(result)
+            results.append(replace(result, decided=decided))
             if not evaluation.shifted:
                 source = Source.of(examples, predictions.fingerprint)
                 sources.setdefault((run.folder, scaled), source)
                 sources.setdefault((None, scaled), source)
             report.notes += _disagreements(result, options)
     return results
+
+
+def _calibrations(
+    runs: list[Run], names: dict[Path, str], options: Options, report: Report
+) -> dict[tuple[Path | str, float | None], Calibrated]:
+    """(folder of the run, temperature) -> its calibration; (name of its row, temperature) -> the
+    newest run's, for runs that only evaluate what another one has calibrated.
+
+    Rows of one name have the same settings of evaluation, as the number of draws.
+    """
+    found: dict[tuple[Path | str, float | None], Calibrated] = {}
+    for run in runs:
+        if run.calibration is None:
+            continue
+        try:
+            rows = calibrate(run, options.asked)
+        except Unusable as error:
+            report.skipped.append(Skipped(run.folder, f"{NOT_DECIDED}: {error}"))
+            continue
+        for key in (run.folder, names[run.folder]):
+            found.setdefault((key, rows.temperature), rows)
+    return found
+
+
+def _decide(
+    rows: Calibrated,
+    evaluation: Evaluation,
+    predictions: Predictions,
+    examples: Examples,
+    options: Options,
+    report: Report,
+) -> Decided | None:
+    try:
+        return decide(rows, evaluation.dataset, predictions, examples, options.asked)
+    except Unusable as error:
+        reason = f"{NOT_DECIDED} on {shorten(evaluation.dataset)}: {error}"
+        report.skipped.append(Skipped(evaluation.file.parent, reason))
+        return None
 
 
 def _measure(

@@ -10,8 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from decisions.information import (
+    expected_entropy,
+    mutual_information,
+    predictive_entropy,
+    row_blocks,
+)
 from report import uncertainty as u
-from report.predictions import Predictions, row_blocks
+from report.predictions import Predictions
 from utils.metrics import posterior_predictive
 from utils.temperature import scale
 
@@ -118,7 +124,7 @@ class Examples:
                 torch.from_numpy(_scaled(draws[rows], temperature)),
                 torch.from_numpy(num_draws[rows]),
             ).numpy()
-            for rows in row_blocks(draws)
+            for rows in row_blocks(len(draws), draws[0].size)
         ]
         return cls(
             draws,
@@ -159,14 +165,14 @@ class Examples:
     @cached_property
     def values(self) -> dict[str, np.ndarray]:
         """What is averaged over the examples."""
-        entropy = u.predictive_entropy(self.log_probs)
+        entropy = predictive_entropy(self.log_probs)
         of_draws = []
-        for rows in row_blocks(self.draws):
+        for rows in row_blocks(len(self.draws), self.draws[0].size):
             block = _scaled(self.draws[rows], self.temperature)
             own = None if self.num_draws is None else self.num_draws[rows]
             of_draws.append(
                 (
-                    u.expected_entropy(block, own),
+                    expected_entropy(block, own),
                     u.jackknifed_information(block, own, self.antithetic),
                     u.draw_deviation(block, own),
                     u.flip_rates(block, own),
@@ -182,7 +188,7 @@ class Examples:
             "brier": u.brier_scores(self.probs, self.labels),
             "entropy": entropy,
             "entropy_expected": expected,
-            "mi": np.maximum(entropy - expected, 0.0),
+            "mi": mutual_information(entropy, expected),
             "draw_std": deviation,
             "flips": flips,
             **defined,

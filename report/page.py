@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 
+from report.decided_tables import PROMISE, Entry, Table, decided_tables, is_decided, left_out
 from report.escape import LONGEST_TEXT, in_html, shorten
 from report.measure import METRICS, TABLES, Metric
 from report.plots import Plot
@@ -125,6 +126,7 @@ Made by <code>{command}</code><br>at commit <code>{in_html(made["commit"])}</cod
 <nav><ul>{links}</ul></nav>
 {sections}
 {f'<h2 id="training">Training</h2>{curves}' if curves else ""}
+{_promise(report)}
 {_about()}
 {_provenance(report)}
 {_skipped(report)}
@@ -157,6 +159,9 @@ def _family(position: int, family: Family, report: Report, plots: list[Plot]) ->
     if len(family.rows) > 1:
         parts.append(f"<h3>Difference from {in_html(family.baseline)}</h3>")
         parts.append(_differences(position, family, difference_caption(family, report)))
+    parts += [_decided_table(position, table) for table in decided_tables(family, report)]
+    if is_decided(family) and (missing := left_out(family)):
+        parts.append(f'<p class="note">{in_html(missing)}</p>')
     parts += [_figure(plot) for plot in plots]
     return "".join(parts) + "</section>"
 
@@ -238,6 +243,24 @@ def _differences(position: int, family: Family, text: str) -> str:
     return _sortable(head, lines, text)
 
 
+def _decided_table(position: int, table: Table) -> str:
+    """Sets or selective answers."""
+    lines = [
+        f"<tr>{_method(position, line.position, line.row)}{''.join(map(_entry, line.entries))}</tr>"
+        for line in table.lines
+    ]
+    link = '<p class="note"><a href="#promise">What is promised, and on which conditions</a></p>'
+    head = [("method", ""), *table.columns]
+    return f"<h3>{in_html(table.name)}</h3>{_sortable(head, lines, table.caption)}{link}"
+
+
+def _entry(entry: Entry) -> str:
+    value = f"{entry.sort_by:.9g}" if math.isfinite(entry.sort_by) else ""
+    below = "".join(f"<small>{in_html(t)}</small>" for t in (entry.interval, entry.note) if t)
+    about = f' title="{in_html(entry.about)}"' if entry.about else ""
+    return f'<td data-value="{value}"{about}>{in_html(entry.text)}{below}</td>'
+
+
 def _sortable(head: list[tuple[str, str]], lines: list[str], text: str) -> str:
     return (
         f'<div class="wide"><table class="sortable" aria-label="{in_html(text.partition(".")[0])}">'
@@ -270,13 +293,22 @@ def _about() -> str:
         "<code>utils/metrics.py</code>. A row “+ temperature” is the run above it with its logits "
         "divided by the temperature that the run fitted on held-out training rows.</p>"
         f'<div class="wide"><table class="text"><tbody>{rows}</tbody></table></div>'
-        f"{_plain_method()}"
+        f"{_paragraphs(METHOD)}"
     )
 
 
-def _plain_method() -> str:
-    paragraphs = METHOD.strip().split("\n\n")
-    return "".join(f"<p>{in_html(' '.join(p.split()))}</p>" for p in paragraphs)
+def _promise(report: Report) -> str:
+    """What sets and selective answers are worth, where there are some."""
+    if not any(map(is_decided, report.families)):
+        return ""
+    title = "What sets and selective answers promise"
+    return f'<h2 id="promise">{title}</h2>{_paragraphs(PROMISE)}'
+
+
+def _paragraphs(text: str) -> str:
+    return "".join(
+        f"<p>{in_html(' '.join(part.split()))}</p>" for part in text.strip().split("\n\n")
+    )
 
 
 METHOD = """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.signal import convolve  # by Fourier transform where that is faster
 
+from report.decided import Asked, set_lines
+from report.decided_tables import NO_GUARANTEE, PROMISED, is_promised
 from report.escape import in_plot
 from report.measure import COVERAGE_GRID, ENTROPY_BINS
 from report.rows import Family, Result, Row, Training
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
-FIGURES = ("reliability", "risk-coverage", "scatter", "draws", "entropy", "training")
+FIGURES = ("reliability", "risk-coverage", "scatter", "draws", "entropy", "sets", "training")
 MOST = 12  # rows in a figure
 MOST_POINTS = 2000  # of a training curve
 LONGEST_LABEL, LONGEST_TITLE = 34, 140  # characters
@@ -93,6 +95,21 @@ def draw_family(family: Family, places: dict[str, int], stem: str, folder: Path)
     ]
 
 
+def draw_sets(
+    families: list[Family], asked: Asked, places: dict[str, int], stem: str, folder: Path
+) -> Plot:
+    """Coverage of the sets on a data set and on those that are shifted from it.
+
+    Args:
+        families: of one model and source with sets, its own data set first.
+        asked: for which coverages.
+        places: of the rows' names, which say how a row looks.
+        stem: of the files' names.
+    """
+    title = f"{families[0].title}: sets, score {asked.set_score}"
+    return _save("sets", title, SETS, lambda: _sets(families, asked, places), stem, folder)
+
+
 def draw_training(
     training: Training, places: dict[str, int], stem: str, folder: Path
 ) -> Plot | None:
@@ -127,12 +144,24 @@ def style(place: int) -> tuple[dict, str]:
 def _save(
     name: str, title: str, caption: str, draw: Callable[[], Figure], stem: str, folder: Path
 ) -> Plot:
+    png = folder / f"{stem}-{name}.png"
+    save_figure(title, draw, png, png.with_suffix(".pdf"))
+    return Plot(name, f"{title}. {caption}", png)
+
+
+def save_figure(title: str, draw: Callable[[], Figure], *files: Path) -> None:
+    """Draw a figure in the report's style, and save it in the formats that the files' names say.
+
+    Args:
+        title: of the whole figure.
+        draw: makes it; it must have a layout engine.
+        files: `.png` or `.pdf`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    png = folder / f"{stem}-{name}.png"
     with plt.rc_context(STYLE), warnings.catch_warnings():
         # a name may be in a script that the font has no letters of
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
@@ -140,13 +169,12 @@ def _save(
         figure.suptitle(in_plot(title, LONGEST_TITLE), fontsize=9)
         figure.get_layout_engine().execute(figure)  # once, not for every file
         figure.set_layout_engine("none")
-        for file in (png, png.with_suffix(".pdf")):
+        for file in files:
             kind = file.suffix[1:]
             # no date inside: the same numbers give the same file
             metadata = {"CreationDate": None} if kind == "pdf" else None
             figure.savefig(file, format=kind, dpi=150, metadata=metadata)
         plt.close(figure)
-    return Plot(name, f"{title}. {caption}", png)
 
 
 def _axes(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tuple[Figure, list]:
@@ -348,6 +376,53 @@ def with_source(row: Row) -> list[Result]:
     return [result for result in row.results if result.source is not None]
 
 
+SETS = (
+    "Coverage that was reached against the one that was asked for, with 95 % intervals. On the "
+    "diagonal sets hold the label as often as promised; above it they are larger than they need to "
+    "be. Where data are shifted from the calibration rows nothing is promised: below the diagonal "
+    "the sets are too small for them. Points stand beside one another so that they can be told "
+    "apart. Several seeds: the mean."
+)
+
+
+def _sets(families: list[Family], asked: Asked, places: dict[str, int]) -> Figure:
+    figure, axes = _axes(len(families), 3.4, 3.0, sharex=True, sharey=True)
+    low, high = min(asked.coverages), max(asked.coverages)
+    margin = max(0.03, 0.1 * (high - low))
+    ends = max(0.0, low - margin), min(1.0, high + margin)
+    closest = min(np.diff(asked.coverages), default=1.0)
+    for family, ax in zip(families, axes, strict=True):
+        rows = [row for row in shown_rows(family) if row.decided]
+        ax.plot(ends, ends, color="0.5", linewidth=0.8)
+        for place, row in enumerate(rows):
+            step = min(0.006, 0.6 * closest / len(rows))
+            beside = step * (place - (len(rows) - 1) / 2)
+            lines = [line for line in set_lines(row.decided, asked) if line.reached.num_seeds]
+            found = [line.reached for line in lines]
+            colours, marker = style(places[row.name])
+            ax.errorbar(
+                [line.asked + beside for line in lines],
+                [mean.value for mean in found],
+                yerr=[
+                    [mean.value - mean.low for mean in found],
+                    [mean.high - mean.value for mean in found],
+                ],
+                marker=marker,
+                markersize=4,
+                linewidth=1,
+                elinewidth=0.8,
+                capsize=2,
+                label=_short(row.name),
+                **colours,
+            )
+        told = PROMISED if all(map(is_promised, rows)) else NO_GUARANTEE
+        ax.set_title(f"{_short(family.dataset)}\n{told}")
+        ax.set(xlabel="coverage asked for")
+    axes[0].set(xlim=ends, ylim=(None, 1.01), ylabel="coverage reached")
+    _legend(axes[-1], axes)
+    return figure
+
+
 TRAINING = (
     "Training: NLL of the batches over the updates, smoothed (running mean over a twentieth of the "
     "run), mean over seeds; markers: NLL of the evaluations while training. A training curve that "
@@ -387,5 +462,12 @@ def _short(name: str) -> str:
     return in_plot(name, LONGEST_LABEL)
 
 
-def _legend(ax: Axes) -> None:
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # curves lie everywhere
+def _legend(ax: Axes, axes: Iterable[Axes] = ()) -> None:
+    """Beside `ax`, as curves lie everywhere in it: of what is drawn there or in any of `axes`."""
+    shown = {}
+    for each in (*axes, ax):
+        handles, labels = each.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    ax.legend(
+        shown.values(), shown.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+    )

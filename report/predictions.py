@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from decisions.information import row_blocks
 from report.escape import shorten
 from report.runs import Evaluation, Unusable
 from utils.errors import UsageError, quoted
 from utils.records import INTEGERS, check_tensor, read_tensors_and_metadata
 
-BLOCK = 2_000_000  # numbers of draws at once: 16 MB in double precision
 MOST_NUMBERS = 2**30  # of a file's draws: 4 GiB in single precision
 MOST_CLASSES = 1000
 KINDS = ("independent", "antithetic")  # of draws
@@ -138,7 +137,7 @@ def _check_draws(draws: np.ndarray, num_draws: np.ndarray, name: str) -> None:
     Raises:
         Unusable: they are not.
     """
-    for rows in row_blocks(draws):
+    for rows in row_blocks(len(draws), draws[0].size):
         drawn = np.arange(draws.shape[1]) < num_draws[rows, None]
         own, others = draws[rows][drawn], draws[rows][~drawn]
         if not np.isfinite(own).all():
@@ -153,9 +152,3 @@ def _check_draws(draws: np.ndarray, num_draws: np.ndarray, name: str) -> None:
             )
         if np.abs(np.logaddexp.reduce(own.astype(float), axis=-1)).max() > 1e-3:
             raise Unusable(f"{name} holds probabilities that do not add up to 1")
-
-
-def row_blocks(draws: np.ndarray) -> Iterator[slice]:
-    """The rows of (n, N, C) draws in blocks of bounded size."""
-    rows = max(1, BLOCK // draws[0].size)
-    return (slice(start, start + rows) for start in range(0, len(draws), rows))

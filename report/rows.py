@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from report.decided import Asked, Decided
 from report.measure import Curves, SourceHistogram
 from report.predictions import Predictions
 from report.runs import Evaluation, Run, Skipped
@@ -15,11 +16,16 @@ from report.significance import Difference
 
 @dataclass(frozen=True)
 class Options:
-    """Of the report: number of bins and of bootstrap resamples, and the seed of the latter."""
+    """Of the report: number of bins and of bootstrap resamples, and the seed of the latter.
+
+    Attributes:
+        asked: for which sets and selective answers are evaluated.
+    """
 
     num_bins: int = 15
     resamples: int = 1000
     seed: int = 0
+    asked: Asked = field(default_factory=Asked)
 
 
 class DrawCounts(NamedTuple):
@@ -52,6 +58,7 @@ class Result:
         floors: metric -> what it would be if the model were calibrated, where that is not 0.
         temperature: what the logits were divided by, if anything.
         source: what shifted examples are held against, if there is something.
+        decided: sets and selective answers, if the posterior was calibrated.
     """
 
     run: Run
@@ -67,6 +74,7 @@ class Result:
     floors: dict[str, float]
     curves: Curves
     source: SourceHistogram | None
+    decided: Decided | None = None
 
 
 class Cell(NamedTuple):
@@ -100,6 +108,16 @@ class Row:
     @property
     def seeds(self) -> list[str]:
         return [result.run.seed_name for result in self.results]
+
+    @property
+    def calibrated(self) -> Row:
+        """The row without the seeds that have no sets and selective answers."""
+        return Row(self.name, [result for result in self.results if result.decided is not None])
+
+    @property
+    def decided(self) -> list[Decided]:
+        """Sets and selective answers of the seeds that have them."""
+        return [result.decided for result in self.calibrated.results]
 
     @property
     def mean_draws(self) -> float:

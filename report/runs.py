@@ -16,7 +16,7 @@ from report.escape import LONGEST_TEXT, shorten
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
 from utils.errors import UsageError, quoted
 from utils.records import Count, Record, read_bytes
-from utils.run_paths import NOT_RUNS
+from utils.run_paths import CALIBRATION, NOT_RUNS, data_set_name, predictions_file
 from utils.run_records import (
     ARGS_FILE,
     HISTORY_FILE,
@@ -49,6 +49,7 @@ OF_EVALUATION = (
     *("bayes_eval_n_samples_final", "flipout_eval", "draws"),
     *("draws_adaptive", "draws_tolerance", "draws_error_rate"),
 )
+CALIBRATING = ("auto", "all", "half")  # values of --calibrate
 MOST_HISTORY = 2**28  # bytes of history.jsonl
 MOST_NLL = 1e9  # in a plot
 SEED_IN_NAME = re.compile(r"[-_]?seed[-_]?(\d+)")
@@ -112,6 +113,8 @@ class Run:
         adapter_seeds: those of the run that trained the loaded adapter, if there is one.
         settings: flags that say what was computed, without those of `NOT_SETTINGS`.
         posterior: tells posteriors apart.
+        calibration: predictions of rows that were neither trained nor tuned on, if the run has kept
+            them or says that it did; what else it says is that of the run's own data set.
     """
 
     folder: Path
@@ -125,6 +128,7 @@ class Run:
     started: str
     updates: int | None
     evaluations: list[Evaluation] = field(default_factory=list)
+    calibration: Evaluation | None = None
 
     @property
     def training_seeds(self) -> Seeds:
@@ -243,7 +247,7 @@ def _read_run(folder: Path) -> Run:
         settings = {"folder": SEED_IN_NAME.sub("", folder.name)}
     own = _settings(args)
     # what an evaluation of an earlier run's posterior has set otherwise
-    changed = {*stored.given, *OF_EVALUATION} & own.keys() - {"load_lora_path"}
+    changed = {*stored.given, *OF_EVALUATION} & own.keys() - {"load_lora_path", "calibrate"}
     command = stored.run.get("command")
     command = " ".join(map(str, command)) if isinstance(command, list) else ""
     provenance = {
@@ -281,6 +285,13 @@ def _read_run(folder: Path) -> Run:
                 stored=block,
             )
         )
+    file = folder / predictions_file(CALIBRATION)
+    # an older run may have been evaluated on a data set of that name
+    if CALIBRATION not in metrics.datasets and (
+        os.path.lexists(file) or args.get("calibrate") in CALIBRATING
+    ):
+        own = next(e for e in run.evaluations if e.dataset == dataset)
+        run = replace(run, calibration=replace(own, file=file))
     return run
 
 
@@ -360,15 +371,19 @@ def _adapter(path: str, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _data_set(args: dict[str, Any], flag: str = "dataset") -> str:
-    return _text(args, flag).rpartition(":")[2]
+    return data_set_name(_text(args, flag))
 
 
 def _settings(args: dict[str, Any]) -> dict[str, Any]:
-    return {
+    settings = {
         key: SEED_IN_NAME.sub("", value) if isinstance(value, str) else value
         for key, value in args.items()
         if key not in NOT_SETTINGS
     }
+    if "calibrate" in settings:
+        # With half of the held-out rows others are left to tune on; else it changes nothing.
+        settings["calibrate"] = "half" if settings["calibrate"] == "half" else "no"
+    return settings
 
 
 History = dict[str, list[tuple[int, float]]]

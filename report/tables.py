@@ -6,7 +6,19 @@ import csv
 import io
 import math
 import re
+from collections.abc import Iterable
 
+from report.decided_tables import (
+    INTERVALS,
+    SHORT_HEAD,
+    UNDEFINED,
+    decided_tables,
+    is_decided,
+    left_out,
+    measured,
+    short_lines,
+    short_title,
+)
 from report.escape import (
     LONGEST_TEXT,
     code_in_markdown,
@@ -21,7 +33,6 @@ from utils.errors import one_line
 
 SHORT = ("acc", "ece", "nll", "brier")  # of the terminal
 DIFFERENCES = ("acc", "ece", "ece_smooth", "nll", "brier", "aurc")
-UNDEFINED = "–"
 ARROWS = {"low": "↓", "high": "↑", "": ""}
 
 BRACKETS = "In brackets: 95 % interval over examples and seeds. "
@@ -136,7 +147,13 @@ def terminal(report: Report) -> str:
             for row in family.rows
         ]
         title = one_line(family.title)
-        blocks.append(f"{title}: {family.num_examples} examples\n{_aligned(lines)}")
+        blocks.append(f"{title}: {family.num_examples} examples\n{aligned(lines)}")
+    having = [family for family in report.families if is_decided(family)]
+    for family in having:
+        lines = [[one_line(row.name), *texts] for row, texts in short_lines(family, report)]
+        title = one_line(short_title(family, report))
+        blocks.append(f"{title}\n{aligned([SHORT_HEAD, *lines])}")
+    blocks += [one_line(text) for text in dict.fromkeys(map(left_out, having)) if text]
     if report.options.resamples:
         blocks.append(
             "[95 % interval]  *: better than every other row, significantly  "
@@ -153,7 +170,7 @@ def _plain(cell: Cell | None, bold: str) -> str:
     return f"{value} {bracket(cell.low, cell.high)}".strip()
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(
@@ -181,7 +198,7 @@ def markdown(report: Report, made: dict[str, str]) -> str:
                 name_of_row = in_markdown(row.name)
                 lines.append([name_of_row, str(len(row.results)), row.num_draws, *cells])
             text = in_markdown(caption(family, report, name).strip())
-            parts += [f"### {name}", text, _aligned(lines)]
+            parts += [f"### {name}", text, aligned(lines)]
         if len(family.rows) > 1:
             lines = [["method", *(heading(METRICS[key]) for key in DIFFERENCES)]]
             for row in family.rows:
@@ -189,7 +206,15 @@ def markdown(report: Report, made: dict[str, str]) -> str:
                     cells = [_plain_difference(row, key, "**{}**") for key in DIFFERENCES]
                     lines.append([in_markdown(row.name), *cells])
             parts.append(f"### Difference from {in_markdown(family.baseline)}")
-            parts += [in_markdown(difference_caption(family, report)), _aligned(lines)]
+            parts += [in_markdown(difference_caption(family, report)), aligned(lines)]
+        for table in decided_tables(family, report):
+            lines = [["method", *(column.title for column in table.columns)]]
+            for line in table.lines:
+                cells = (entry.line for entry in line.entries)
+                lines.append([in_markdown(line.row.name), *cells])
+            parts += [f"### {table.name}", in_markdown(table.caption), aligned(lines)]
+        if is_decided(family) and (missing := left_out(family)):
+            parts.append(in_markdown(missing))
         parts += [f"- {in_markdown(note)}" for note in family.notes]
     if report.skipped:
         parts.append("## Left out")
@@ -243,6 +268,15 @@ def latex(report: Report, made: dict[str, str]) -> str:
             parts.append(
                 _tex_table([in_latex(h) for h in head], lines, difference_caption(family, report))
             )
+        for table in decided_tables(family, report):
+            head = ["method", *(column.title for column in table.columns)]
+            lines = [
+                [in_latex(line.row.name)]
+                + [in_latex(entry._replace(interval="").line) for entry in line.entries]
+                for line in table.lines
+            ]
+            text = table.caption.replace(INTERVALS, "")
+            parts.append(_tex_table([in_latex(h) for h in head], lines, text))
     return "\n\n".join(parts) + "\n"
 
 
@@ -304,25 +338,43 @@ def comma_separated(report: Report) -> str:
     writer.writerow(CSV_COLUMNS)
     for family in report.families:
         for row in family.rows:
-            commits = sorted({r.evaluation.provenance["commit"] for r in row.results})
-            runs = [str(r.run.folder) for r in row.results]
-            names = (family.model, family.source, family.dataset, family.split, row.name)
             for key, cell in row.cells.items():
                 numbers = (cell.value, cell.low, cell.high, cell.spread, cell.floor or math.nan)
                 difference = cell.difference or (math.nan,) * 4
-                writer.writerow(
-                    [
-                        *(*map(in_csv, names), key),
-                        *map(_exact, numbers),
-                        *(cell.mark, in_csv(family.baseline), *map(_exact, difference)),
-                        *(family.num_examples, row.num_draws, _exact(row.mean_draws)),
-                        len(row.results),
-                        in_csv(" ".join(row.seeds)),
-                        *(report.options.num_bins, report.options.resamples),
-                        *(in_csv(" ".join(commits)), in_csv(" ".join(runs))),
-                    ]
-                )
+                compared = (cell.mark, in_csv(family.baseline), *map(_exact, difference))
+                counted = len(row.results)
+                writer.writerow(_csv_line(report, family, row, key, numbers, compared, counted))
+            for key, figure, mark in measured(row, report.options.asked):
+                numbers = (*figure[:4], math.nan)
+                compared = (mark, *[""] * 5)
+                own, counted = row.calibrated, figure.num_seeds
+                writer.writerow(_csv_line(report, family, own, key, numbers, compared, counted))
     return out.getvalue()
+
+
+def _csv_line(
+    report: Report,
+    family: Family,
+    row: Row,
+    key: str,
+    numbers: Iterable[float],
+    compared: Iterable[str],
+    num_seeds: int,
+) -> list:
+    """Of a metric: its value, interval, spread and floor, and how it compares with other rows."""
+    commits = sorted({r.evaluation.provenance["commit"] for r in row.results})
+    runs = [str(r.run.folder) for r in row.results]
+    names = (family.model, family.source, family.dataset, family.split, row.name)
+    return [
+        *(*map(in_csv, names), key),
+        *map(_exact, numbers),
+        *compared,
+        *(family.num_examples, row.num_draws, _exact(row.mean_draws)),
+        num_seeds,
+        in_csv(" ".join(row.seeds)),
+        *(report.options.num_bins, report.options.resamples),
+        *(in_csv(" ".join(commits)), in_csv(" ".join(runs))),
+    ]
 
 
 def _exact(value: float) -> str:

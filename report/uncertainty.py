@@ -2,9 +2,9 @@ r"""What a posterior says of its own errors: calibration beyond the ECE, uncerta
 
 Pure numpy functions beside the four numbers of `utils.metrics`. Two kinds:
 
-- per example: `(log_probs, labels)` or draws to an array `(n,)`. Where examples have unequal
-  numbers of draws, `num_draws (n,)` says how many of the N are an example's own, the first ones;
-  what stands behind them is ignored;
+- per example: `(log_probs, labels)` or draws to an array `(n,)`; entropies and mutual information
+  are in `decisions.information`. Where examples have unequal numbers of draws, `num_draws (n,)`
+  says how many of the N are an example's own, the first ones; what stands behind them is ignored;
 - of a data set: arrays `(n,)` to one number. Each takes `weights (R, n)` and then returns `(R,)`
   numbers, one per row of weights. A row that counts how often each example was drawn gives exactly
   the value on that resample, repeated examples included, so R bootstrap resamples of n examples
@@ -17,12 +17,11 @@ undefined (an AUROC without positives) is NaN.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy.special import entr
 
-Values = Float[np.ndarray, " n"]
-Draws = Float[np.ndarray, "n N C"]  # log-probabilities
-Counts = Int[np.ndarray, " n"]
+from decisions.information import Counts, Draws, Values, own_draws
+
 Weights = Float[np.ndarray, "R n"]
 Number = float | Float[np.ndarray, " R"]
 
@@ -54,33 +53,6 @@ def brier_scores(probs: Float[np.ndarray, "n C"], labels: Int[np.ndarray, " n"])
     return np.square(probs - _one_hot(labels, probs.shape[-1])).sum(-1)
 
 
-def predictive_entropy(log_probs: Float[np.ndarray, "n C"]) -> Values:
-    r"""$H[\bar p] = -\sum_c \bar p_c \log \bar p_c$ of the posterior predictive, nats.
-
-    Total uncertainty in the split of Depeweg et al. (2018, arXiv 1710.07283).
-    """
-    return entr(np.exp(log_probs)).sum(-1)
-
-
-def expected_entropy(draws: Draws, num_draws: Counts | None = None) -> Values:
-    r"""$\frac1N \sum_n H[p_n]$, nats: the uncertainty that remains if the weights were known."""
-    probs, drawn = _own_draws(draws, num_draws)
-    return entr(probs).sum((1, 2)) / drawn.sum(1)
-
-
-def mutual_information(
-    log_probs: Float[np.ndarray, "n C"], draws: Draws, num_draws: Counts | None = None
-) -> Values:
-    r"""$H[\bar p] - \frac1N \sum_n H[p_n]$, nats: what the label would tell about the weights.
-
-    Epistemic uncertainty, "BALD" (Houlsby et al. 2011, arXiv 1112.5745). 0 for one draw; rounding
-    below 0 is cut. Too low by about $\frac{1}{2N} \sum_c \mathrm{Var}_n \, p_n(c) / \bar p_c$ for
-    independent draws, so it grows with N; at most $\log N$. `jackknifed_information` corrects it.
-    """
-    found = predictive_entropy(log_probs) - expected_entropy(draws, num_draws)
-    return np.maximum(found, 0.0)
-
-
 def jackknifed_information(
     draws: Draws, num_draws: Counts | None = None, antithetic: bool = False
 ) -> Values:
@@ -102,7 +74,7 @@ def jackknifed_information(
     Returns:
         (n,); NaN for a single unit.
     """
-    probs, drawn = _own_draws(draws, num_draws)
+    probs, drawn = own_draws(draws, num_draws)
     starts = np.arange(0, draws.shape[1], 2 if antithetic else 1)
     of_unit = np.add.reduceat(probs, starts, axis=1)  # (n, G, C), sums over the draws of a unit
     entropies = np.add.reduceat(entr(probs).sum(-1), starts, axis=1)  # (n, G)
@@ -128,7 +100,7 @@ def draw_deviation(draws: Draws, num_draws: Counts | None = None) -> Values:
     Of antithetic draws it is the spread of a single draw as well, but known only as well as from
     N/2 pairs: the two of a pair say nearly the same of it.
     """
-    probs, drawn = _own_draws(draws, num_draws)
+    probs, drawn = own_draws(draws, num_draws)
     size = drawn.sum(1)
     predicted = probs.sum(1).argmax(-1)
     chosen = np.take_along_axis(probs, predicted[:, None, None], 2)[..., 0]  # (n, N)
@@ -145,17 +117,10 @@ def flip_rates(draws: Draws, num_draws: Counts | None = None) -> Values:
     mode of the votes. The prediction at the posterior mean of the *weights* is not stored, so it
     is not what the draws are held against. 0 for one draw.
     """
-    probs, drawn = _own_draws(draws, num_draws)
+    probs, drawn = own_draws(draws, num_draws)
     predicted = probs.sum(1).argmax(-1)
     flipped = drawn & (draws.argmax(-1) != predicted[:, None])
     return flipped.sum(1) / drawn.sum(1)
-
-
-def _own_draws(draws: Draws, num_draws: Counts | None) -> tuple[Draws, Bool[np.ndarray, "n N"]]:
-    """Probabilities of the draws, 0 of those that an example does not have, and which it has."""
-    n, most, _ = draws.shape
-    drawn = np.arange(most) < (np.full(n, most) if num_draws is None else num_draws)[:, None]
-    return np.where(drawn[:, :, None], np.exp(draws), 0.0), drawn
 
 
 # --- of a data set: means -------------------------------------------------------------------------

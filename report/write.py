@@ -15,10 +15,11 @@ from typing import Annotated, Literal
 
 from pydantic import StringConstraints
 
+from report.decided_tables import is_decided
 from report.escape import file_stem
 from report.page import page
-from report.plots import FIGURES, draw_family, draw_training
-from report.rows import Report
+from report.plots import FIGURES, draw_family, draw_sets, draw_training
+from report.rows import Family, Report
 from report.tables import CSV_COLUMNS, comma_separated, latex, markdown
 from utils.errors import RunError, UsageError, quoted
 from utils.records import MOST_BYTES, Record, read_record
@@ -168,7 +169,12 @@ def _make(report: Report, folder: Path, made: dict[str, str], taken: set[str]) -
     for position, family in enumerate(report.families):
         source = family.source if family.shifted else ""
         stem = file_stem(stems, family.model, source, family.dataset)
-        plots[position] = draw_family(family, places[family.model, family.source], stem, folder)
+        own = places[family.model, family.source]
+        plots[position] = draw_family(family, own, stem, folder)
+        asked = report.options.asked
+        if is_decided(family) and not family.shifted:
+            related = [family, *_shifted_from(family, report)]
+            plots[position].append(draw_sets(related, asked, own, stem, folder))
     for position, curves in enumerate(report.training):
         stem = file_stem(training_stems, curves.model, curves.source)
         plot = draw_training(curves, places[curves.model, curves.source], stem, folder)
@@ -182,3 +188,14 @@ def _make(report: Report, folder: Path, made: dict[str, str], taken: set[str]) -
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _shifted_from(family: Family, report: Report) -> list[Family]:
+    """The data sets that are shifted from a family's and have sets."""
+    return [
+        other
+        for other in report.families
+        if other.shifted
+        and (other.model, other.source) == (family.model, family.source)
+        and is_decided(other)
+    ]

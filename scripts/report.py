@@ -16,18 +16,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from decisions.checks import exact_share
+from decisions.conformal import SCORES
 from report.collect import Options, collect
+from report.decided import Asked
 from report.escape import shorten
 from report.runs import find_runs
 from report.tables import terminal
 from report.write import check_writable, write
-from utils.args import Args, Parser, count, positive_int, seed
+from utils.args import Args, Parser, above, count, positive_int, seed
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError, one_line, quoted
 from utils.logging import writable
 
 MOST_BINS = 1000
 MOST_RESAMPLES = 100_000
+MOST_LEVELS = 20  # coverages, or risks
 
 
 def folder(text: str) -> Path:
@@ -47,7 +51,32 @@ def parse_args(argv: list[str]) -> Args:
     parser.add_argument("--num-bins", type=positive_int, default=15, help="bins of the ECE")
     parser.add_argument("--bootstrap", type=count, default=1000, help="resamples; 0: no intervals")
     parser.add_argument("--seed", type=seed, default=0, help="of the resamples")
+    share, asked = above(0, 1), Asked()
+    sets = parser.add_argument_group("sets and selective answers (runs with --calibrate)")
+    sets.add_argument(
+        "--coverage", nargs="+", type=share, default=asked.coverages, help="of sets, such as 0.9"
+    )
+    sets.add_argument("--set-score", choices=SCORES, default=asked.set_score)
+    sets.add_argument(
+        "--max-risk",
+        nargs="+",
+        type=share,
+        default=asked.max_risks,
+        help="the share of wrong ones among the answered",
+    )
+    sets.add_argument(
+        "--confidence", type=share, default=asked.confidence, help="with which --max-risk holds"
+    )
     args = parser.parse_args(argv)
+    for flag, values in (
+        ("--coverage", args.coverage),
+        ("--max-risk", args.max_risk),
+        ("--confidence", [args.confidence]),
+    ):
+        for value in values:
+            exact_share(value, flag)
+        if len(values) > MOST_LEVELS:
+            raise UsageError(f"{flag} has {len(values)} values; at most {MOST_LEVELS} are shown.")
     for flag, value, most in (
         ("--num-bins", args.num_bins, MOST_BINS),
         ("--bootstrap", args.bootstrap, MOST_RESAMPLES),
@@ -56,8 +85,8 @@ def parse_args(argv: list[str]) -> Args:
             raise UsageError(f"{flag} is {quoted(value)}; at most {most} are possible.")
     if args.out is None:
         try:
-            above = os.path.commonpath([os.path.abspath(path) for path in args.folders])
-            args.out = Path(os.path.relpath(above)) / "report"
+            common = os.path.commonpath([os.path.abspath(path) for path in args.folders])
+            args.out = Path(os.path.relpath(common)) / "report"
         except OSError as error:
             raise UsageError(
                 f"the working directory cannot be read ({error.strerror}); pass --out."
@@ -81,7 +110,13 @@ def main(argv: list[str]) -> None:
         _say(f"\r\033[K{shorten(run)}", sys.stderr, end="")
 
     quiet = not sys.stderr.isatty()
-    options = Options(args.num_bins, args.bootstrap, args.seed)
+    asked = Asked(
+        tuple(sorted(set(args.coverage))),
+        args.set_score,
+        tuple(sorted(set(args.max_risk))),
+        args.confidence,
+    )
+    options = Options(args.num_bins, args.bootstrap, args.seed, asked)
     report = collect(runs, skipped, options, (lambda run: None) if quiet else progress)
     if not quiet and runs:
         _say("\r\033[K", sys.stderr, end="")

@@ -17,7 +17,7 @@ import main
 from modelwrappers import backbone, stochastic_lora
 from modelwrappers.blob import BLoB
 from modelwrappers.engine.adapter_config import read_adapter_config
-from modelwrappers.engine.posterior import adapter_folder
+from utils.hub import adapter_folder
 
 REFERENCE = Path(__file__).parent / "reference" / "blob_trajectory"
 PREFIX = "base_model.model."

@@ -23,6 +23,7 @@ from dataset import build_dataset
 from dataset.tasks import Task
 from modelwrappers import WRAPPERS, get_wrapper, load_posterior
 from modelwrappers.wrapperbase import WrapperBase
+from scripts import predict
 from utils.args import build_parser
 from utils.files import write_json
 from utils.registry import load_from_file
@@ -81,6 +82,9 @@ def reader(quickstart, tiny_llama, tmp_path, monkeypatch) -> Path:
     shutil.copytree(quickstart, tmp_path / QUICKSTART.format("blob"))
     (tmp_path / "models").mkdir()
     shutil.copytree(tiny_llama, tmp_path / "models" / "my-llm")
+    (tmp_path / "my_adapter").mkdir()
+    peft_says = {"base_model_name_or_path": "minilm-l6"}
+    write_json(tmp_path / "my_adapter" / "adapter_config.json", peft_says)
     for folder, names in (("my_data", ("text", "topic")), ("my_rows", ("headline", "desk"))):
         (tmp_path / folder).mkdir()
         for split, number in (("train", 24), ("test", 9)):
@@ -147,6 +151,29 @@ def commands(page: Path) -> list[list[str]]:
     return [flags for flags in words if "--help" not in flags and "METHOD" not in flags]
 
 
+def test_every_call_of_predict_answers(reader):
+    """As it is printed, where the posterior is the quickstart's; else it is a right call."""
+    (reader / "headlines.txt").write_text("bank profit\nmatch goal\n")
+    write_jsonl(reader / "headlines.jsonl", [{"text": "bank profit"}, {"text": "match goal"}])
+    (reader / "pool.txt").write_text("".join(f"{row['text']}\n" for row in topic_rows(25)))
+    calls = [
+        shlex.split(line, comments=True)[2:]
+        for page in PAGES
+        for _, content in blocks(page, "bash")
+        for line in content.replace("\\\n", " ").splitlines()
+        if line.startswith("python scripts/predict.py")
+    ]
+    assert len(calls) >= 4
+    for words in calls:
+        args = predict.parse_args(words)
+        if not Path(args.posterior).exists():
+            continue
+        assert predict.run([*words, "--overwrite"]) == 0
+        number = args.acquire or len(Path(args.rows).read_text().splitlines())
+        lines = len(Path(args.out).read_text().splitlines())
+        assert lines == number + (args.out_format == "csv")
+
+
 def test_every_command_line_parses(reader):
     """Paths may lead nowhere, but a run that another command has trained is there to be loaded."""
     for page in PAGES:
@@ -184,9 +211,9 @@ def test_every_flag_that_is_mentioned_exists(capsys):
     known = set(FOREIGN)
     for name in WRAPPERS:
         known |= set(build_parser(get_wrapper(name).add_arguments)._option_string_actions)
-    report = runpy.run_path(str(ROOT / "scripts" / "report.py"))
-    with pytest.raises(SystemExit):
-        report["parse_args"](["--help"])
+    for script in ("report", "predict", "active_learning"):
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))["parse_args"](["--help"])
     known |= set(FLAG.findall(capsys.readouterr().out))
     defined = {  # by the methods that the pages show
         flag

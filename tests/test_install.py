@@ -90,7 +90,7 @@ def test_every_package_is_named_in_pyproject():
     named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {
         ".".join(file.parent.relative_to(ROOT).parts)
-        for room in ("dataset", "modelwrappers", "report", "utils")
+        for room in ("dataset", "decisions", "modelwrappers", "report", "utils")
         for file in (ROOT / room).rglob("*.py")
     }
     assert set(named["tool"]["setuptools"]["packages"]) == folders

@@ -312,7 +312,7 @@ def test_the_curvature_does_not_depend_on_batches_and_padding(kind, structure, r
     totals = []
     for batch_size in (1, 5, 16):
         dataset.args.__dict__["eval_batch_size"] = batch_size
-        loader = dataset._eval_loader(dataset.train_rows)
+        loader = dataset.eval_loader(dataset.train_rows)
         curvature, loss, number = wrapper._sum_curvature(loader)
         assert number == 40
         totals.append([loss, *curvature.tensors()])

@@ -215,7 +215,7 @@ def test_temperature_scaling_is_a_row_of_its_own(tmp_path):
 def test_draws_in_blocks_give_the_same_numbers(tmp_path, monkeypatch):
     make_run(tmp_path, "blob", num_draws=4, temperature=2.0)
     whole = comma_separated(report_on(tmp_path))
-    monkeypatch.setattr("report.predictions.BLOCK", 4 * 3 * 7)  # rows 7 by 7
+    monkeypatch.setattr("decisions.information.BLOCK", 4 * 3 * 7)  # rows 7 by 7
     assert comma_separated(report_on(tmp_path)) == whole
 
 

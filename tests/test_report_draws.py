@@ -20,6 +20,7 @@ from test_report import MADE, make_run, report_on
 from test_report_hostile import DTYPES, FAST, one_run, restored, rewrite  # noqa: F401 (a fixture)
 
 import main
+from decisions.information import expected_entropy, summarise
 from modelwrappers.engine.prediction import Predictions
 from modelwrappers.wrapperbase import WrapperBase
 from report import uncertainty as u
@@ -89,10 +90,11 @@ def test_the_fitted_temperature_is_that_of_repeated_draws():
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_every_number_of_an_example_is_that_of_its_own_draws(unequal, antithetic):
     draws, num_draws = (values.numpy() for values in unequal)
-    log_probs = posterior_predictive(*unequal).numpy()
+    together = summarise(draws, num_draws)
+    np.testing.assert_allclose(together.log_probs, posterior_predictive(*unequal).numpy())
     found = {
-        "expected": u.expected_entropy(draws, num_draws),
-        "mi": u.mutual_information(log_probs, draws, num_draws),
+        "expected": expected_entropy(draws, num_draws),
+        "mi": together.mutual_information,
         "std": u.draw_deviation(draws, num_draws),
         "flips": u.flip_rates(draws, num_draws),
         "corrected": u.jackknifed_information(draws, num_draws, antithetic),
@@ -100,8 +102,8 @@ def test_every_number_of_an_example_is_that_of_its_own_draws(unequal, antithetic
     for i, number_of in enumerate(num_draws):
         own = draws[i : i + 1, :number_of]
         alone = {
-            "expected": u.expected_entropy(own),
-            "mi": u.mutual_information(log_probs[i : i + 1], own),
+            "expected": expected_entropy(own),
+            "mi": summarise(own).mutual_information,
             "std": u.draw_deviation(own),
             "flips": u.flip_rates(own),
             "corrected": u.jackknifed_information(own, antithetic=antithetic),
@@ -145,12 +147,11 @@ def test_the_corrected_information_of_few_draws_is_that_of_many():
     """Draws of a Dirichlet, whose mutual information is known in closed form."""
     alpha, rng = np.array([2.0, 1.0, 0.5]), np.random.default_rng(0)
     total = alpha.sum()
-    expected_entropy = digamma(total + 1) - (alpha / total * digamma(alpha + 1)).sum()
-    true = entropy(alpha / total) - expected_entropy
+    true = entropy(alpha / total)
+    true -= digamma(total + 1) - (alpha / total * digamma(alpha + 1)).sum()
     assert information(rng.dirichlet(alpha, 20_000)) == pytest.approx(true, abs=0.004)
     draws = np.log(rng.dirichlet(alpha, (20_000, 6)))
-    log_probs = posterior_predictive(torch.from_numpy(draws)).numpy()
-    plain = u.mutual_information(log_probs, draws)
+    plain = summarise(draws).mutual_information
     corrected = u.jackknifed_information(draws)
     bias = abs(corrected.mean() - true)
     assert plain.mean() < 0.9 * true and bias < 0.2 * abs(plain.mean() - true)
@@ -181,7 +182,7 @@ def test_the_corrected_information_is_never_below_the_plain_one(number_of, antit
     rng = np.random.default_rng(0)
     probs = rng.dirichlet([0.3, 0.3, 0.3], (200, number_of)) ** rng.uniform(0.1, 3, (200, 1, 1))
     draws = np.log(probs / probs.sum(-1, keepdims=True))
-    plain = u.mutual_information(posterior_predictive(torch.from_numpy(draws)).numpy(), draws)
+    plain = summarise(draws).mutual_information
     assert (u.jackknifed_information(draws, antithetic=antithetic) >= plain - 1e-12).all()
 
 
@@ -400,7 +401,7 @@ def test_any_numbers_of_draws_are_predictions_or_a_reason(one_run, data):  # noq
 def test_unequal_draws_in_blocks_give_the_same_numbers(tmp_path, monkeypatch):
     make_unequal(tmp_path, temperature=2.0, kind="antithetic")
     whole = comma_separated(report_on(tmp_path))
-    monkeypatch.setattr("report.predictions.BLOCK", 10 * 3 * 7)  # rows 7 by 7
+    monkeypatch.setattr("decisions.information.BLOCK", 10 * 3 * 7)  # rows 7 by 7
     assert comma_separated(report_on(tmp_path)) == whole
 
 

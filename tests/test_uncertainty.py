@@ -10,6 +10,7 @@ from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score, roc_curve
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from decisions import information
 from report import uncertainty as u
 from utils.metrics import posterior_predictive, score
 
@@ -152,16 +153,18 @@ def test_entropies_and_mutual_information_equal_scipy(data):
     draws, log_probs, _ = data
     total = entropy(np.exp(log_probs), axis=-1)
     expected = entropy(np.exp(draws), axis=-1).mean(1)
-    np.testing.assert_allclose(u.predictive_entropy(log_probs), total, rtol=1e-6)
-    np.testing.assert_allclose(u.expected_entropy(draws), expected, rtol=1e-6)
+    np.testing.assert_allclose(information.predictive_entropy(log_probs), total, rtol=1e-6)
+    np.testing.assert_allclose(information.expected_entropy(draws), expected, rtol=1e-6)
     # the mean KL divergence of the draws from their mean is the same number
     divergence = (np.exp(draws) * (draws - log_probs[:, None])).sum(-1).mean(1)
-    np.testing.assert_allclose(u.mutual_information(log_probs, draws), divergence, atol=1e-6)
+    np.testing.assert_allclose(
+        information.summarise(draws).mutual_information, divergence, atol=1e-6
+    )
 
 
 def test_draws_that_agree_leave_no_epistemic_uncertainty(data):
     draws = np.repeat(data[0][:, :1], 5, 1)
-    assert u.mutual_information(draws[:, 0], draws).max() < 1e-12
+    assert information.summarise(draws).mutual_information.max() < 1e-12
     assert u.draw_deviation(draws).max() < 1e-12 and not u.flip_rates(draws).any()
 
 
@@ -196,7 +199,7 @@ def test_accuracy_at_coverage_counts_the_most_confident():
 def test_auroc_and_fpr95_equal_scikit_learn(data, ties):
     _, log_probs, labels = data
     _, correct = u.top_label(log_probs, labels)
-    uncertainty = u.predictive_entropy(log_probs)
+    uncertainty = information.predictive_entropy(log_probs)
     uncertainty = uncertainty.round(1) if ties else uncertainty
     index, counts = resample(len(labels))
     for weights, chosen in ((None, np.arange(len(labels))), (counts, index)):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.adapter_base import adopt_base_model
 from utils.catalogue import Catalogue
 from utils.errors import UsageError, quoted
 from utils.flags import (
@@ -46,6 +47,14 @@ from utils.parser import (
 )
 from utils.registry import names_code
 from utils.run_records import read_run_record
+from utils.table_task import (
+    COLUMN_FLAGS,
+    FILE_FLAGS,
+    check_kept_split,
+    check_table_flags,
+    is_table,
+    same_data_set,
+)
 
 # What methods, scripts and tests take from here, whichever file it lies in.
 __all__ = [
@@ -80,6 +89,7 @@ ADOPTED = (
     ("model", "load_model_path"),
     ("dtype",),
     ("dataset", "data_dir", "limit_train"),
+    *((name,) for name in (*COLUMN_FLAGS, *FILE_FLAGS)),
     ("max_seq_len",),
     ("num_shots",),
     ("seed_split",),
@@ -218,6 +228,8 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
         args.modelwrapper = (args.modelwrapper or "").lower()
 
     trained = _adopt_from_run(args, parser) if adopts else {}
+    if adopts:
+        adopt_base_model(args, {action.dest: action for action in parser._actions})
     args.adapter_dataset = trained.get("dataset")
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(args, name) is not None:
@@ -232,6 +244,8 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
                 f"{quoted(value)} is named by a file only: pass {flag} yourself."
             )
     _match_types(args)
+    check_table_flags(args)
+    check_kept_split(args, trained)
     if args.prefix_cache == "on" and args.model_type == "seqcls":
         raise UsageError(
             "--prefix-cache on keeps what a causal LM computes for the tokens that prompts share, "
@@ -275,12 +289,18 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
         args.tracker = "wandb" if wanted else "none"
     if args.load_lora_huggingface_repo and not args.load_lora_path:
         raise UsageError(
-            "--load-lora-huggingface-repo needs --load-lora-path, the adapter's folder in it."
+            "--load-lora-huggingface-repo needs --load-lora-path, the adapter's folder in it (a "
+            "single dot: the repo itself)."
         )
     if args.temperature_scaling and args.testing_set == "train_val":
         raise UsageError(
             "--temperature-scaling fits on the rows that --testing-set train_val evaluates; pass "
             "one of them."
+        )
+    if args.calibrate != "no" and args.testing_set == "train_val":
+        raise UsageError(
+            f"--calibrate {args.calibrate} takes the rows that --testing-set train_val evaluates; "
+            "pass one of them."
         )
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: pass one of them.")
@@ -309,6 +329,10 @@ def _check_required(args: Args, trained: Mapping[str, Any]) -> None:
         hints.append(
             f"The adapter was trained on {quoted(trained['dataset'])}, a file that another file "
             "cannot let run: pass it as --dataset."
+        )
+    if "--model" in missing and args.load_lora_path is not None:
+        hints.append(
+            f"Nothing in {quoted(args.load_lora_path)} says what the adapter's base model is."
         )
     if "--dataset-type" in missing:
         hints.append(
@@ -348,6 +372,11 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
         decisive = group if group in ALTERNATIVES else group[:1]
         if is_preset or any(name in args.given for name in decisive):
             continue
+        # of a table: its columns fit another one, its files do not
+        if group[0] in COLUMN_FLAGS and not is_table(args.dataset):
+            continue
+        if group[0] in FILE_FLAGS and not same_data_set(args.dataset, dataset):
+            continue
         for name in group:
             if name not in args.given and name in trained:
                 setattr(args, name, trained[name])
@@ -355,7 +384,9 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
 
 
 # Which rows are held out depends on these.
-SPLIT_FLAGS = ("data_dir", "limit_train", "held_out", "seed_split", "num_shots")
+SPLIT_FLAGS = (
+    *("data_dir", "limit_train", "held_out", "seed_split", "num_shots", "val_file", "text_column"),
+)
 
 
 def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
@@ -364,20 +395,24 @@ def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
     Raises:
         UsageError: rows that the adapter was trained on would pass for held-out ones.
     """
-    needed = args.temperature_scaling or args.testing_set == "train_val"
-    if needed and args.hold_out is False:
-        flag = "--temperature-scaling" if args.temperature_scaling else "--testing-set train_val"
+    needed = {
+        "--temperature-scaling": args.temperature_scaling,
+        "--testing-set train_val": args.testing_set == "train_val",
+        f"--calibrate {args.calibrate}": args.calibrate != "no",
+    }
+    flag = next((flag for flag, is_asked in needed.items() if is_asked), None)
+    if flag is not None and args.hold_out is False:
         raise UsageError(f"{flag} needs held-out rows, but --hold-out is false; drop that.")
-    wanted = bool(args.hold_out or needed)
-    if args.load_lora_path is not None and args.dataset == trained.get("dataset"):
+    wanted = bool(args.hold_out or flag is not None)
+    if args.load_lora_path is not None and same_data_set(args.dataset, trained.get("dataset")):
         held_out = trained.get("hold_out", False)
         changed = [name for name in SPLIT_FLAGS if getattr(args, name) != trained.get(name)]
         if wanted and not held_out:
             raise UsageError(
-                "rows that were not trained on are needed (--temperature-scaling, --testing-set "
-                "train_val, --hold-out or a prior precision from validation), but the adapter in "
-                f"{args.load_lora_path} was trained on the whole training set; train it with "
-                "--hold-out."
+                "rows that were not trained on are needed (--temperature-scaling, --calibrate, "
+                "--testing-set train_val, --hold-out or a prior precision from validation), but "
+                f"the adapter in {args.load_lora_path} was trained on the whole training set; "
+                "train it with --hold-out."
             )
         if wanted and changed:
             flags = ", ".join(spelling(name) for name in changed)
@@ -473,7 +508,9 @@ def check_own_data(args: Args) -> None:
         UsageError: --dataset is a shifted set.
     """
     source = args.ood_ori_dataset or args.adapter_dataset
-    if args.load_lora_path is not None and source not in (None, args.dataset):
+    if args.load_lora_path is None or source is None:
+        return
+    if not same_data_set(source, args.dataset):
         raise UsageError(
             f"--modelwrapper {args.modelwrapper} fits the posterior on the adapter's own data, "
             f"{source}, but --dataset is {args.dataset}; pass --dataset {source} "

@@ -19,6 +19,7 @@ from utils.parser import (
     optional,
     positive_int,
     seed,
+    template,
     text,
     whole,
 )
@@ -74,13 +75,14 @@ def add_first_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=text,
         metavar="NAME",
-        help="hub id, local folder, smollm2-135m or minilm-l6 (both embedded)",
+        help="hub id, local folder, smollm2-135m or minilm-l6 (both embedded); default: the loaded "
+        "adapter's",
     )
     run.add_argument(
         *("--dataset", "--task"),
         type=text,
         metavar="NAME",
-        help="a data set's name, or FILE.py:NAME",
+        help="a data set's name, a table's file, or FILE.py:NAME",
     )
     run.add_argument(
         "--dataset-type",
@@ -239,6 +241,13 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help="also report a temperature fitted on held-out rows",
     )
     evaluation.add_argument(
+        "--calibrate",
+        choices=["no", "auto", "all", "half"],
+        default="no",
+        help="keep predictions of held-out rows, for sets and answers with a guarantee; half: of "
+        "half of them, where the other half tunes; auto: as it must be",
+    )
+    evaluation.add_argument(
         "--testing-set",
         choices=["val", "test", "train_val", "train_train_val", "train_val_val"],
         default="val",
@@ -271,6 +280,38 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
+    data.add_argument(
+        "--text-column",
+        nargs="+",
+        type=text,
+        metavar="COLUMN",
+        help="of a table as --dataset: its text, one column or two",
+    )
+    data.add_argument(
+        "--label-column", type=text, metavar="COLUMN", help="of a table: whose cells are classes"
+    )
+    data.add_argument(
+        "--prompt",
+        type=template,
+        metavar="TEMPLATE",
+        help="of a table's rows, with {column} for a cell (default: a plain one)",
+    )
+    data.add_argument(
+        "--answer-words",
+        nargs="+",
+        type=text,
+        metavar="WORD",
+        help="one for each of a table's classes, in order (default: the classes)",
+    )
+    data.add_argument(
+        "--val-file",
+        type=text,
+        metavar="FILE",
+        help="table to evaluate (default: a fifth of the one in --dataset)",
+    )
+    data.add_argument(
+        "--test-file", type=text, metavar="FILE", help="table that --testing-set test evaluates"
+    )
     data.add_argument(
         "--data-dir",
         type=text,

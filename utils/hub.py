@@ -7,6 +7,7 @@ import ssl
 import threading
 from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
 from urllib.parse import ParseResult, urlparse
 
 from utils.errors import UsageError, quoted
@@ -74,3 +75,40 @@ def _answers(address: ParseResult, port: int, timeout: float) -> bool:
     thread.start()
     thread.join(3 * timeout)  # looking the name up, connecting, the answer
     return answered.is_set()
+
+
+def adapter_folder(args) -> Path:
+    """The local folder of --load-lora-path, downloaded first if it lies in a hub repo.
+
+    Raises:
+        UsageError: it cannot be downloaded.
+    """
+    if not args.load_lora_huggingface_repo:
+        return Path(args.load_lora_path)
+    return _downloaded(args.load_lora_huggingface_repo, args.load_lora_path.strip("/"))
+
+
+def _downloaded(repo: str, path: str) -> Path:
+    """The folder `path` of a hub repo; "." is its root, without a training's checkpoints."""
+    from huggingface_hub import snapshot_download
+
+    if ".." in Path(path).parts or not path:
+        raise UsageError(
+            f"--load-lora-path {quoted(path)}: it must be a folder inside of the hub repo {repo}; "
+            "a single dot is the repo itself."
+        )
+    wanted: dict[str, list[str]] = {"allow_patterns": [f"{path}/*"]}
+    if path == ".":
+        wanted = {
+            "allow_patterns": ["*.json", "*.safetensors"],
+            "ignore_patterns": ["checkpoint-*"],
+        }
+    go_offline_if_unreachable()
+    try:
+        return Path(snapshot_download(repo, **wanted)) / path
+    except Exception as error:
+        raise UsageError(
+            f"--load-lora-huggingface-repo {repo} cannot be read: "
+            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}\n"
+            "Without network access pass a local folder as --load-lora-path alone."
+        ) from None

@@ -11,7 +11,7 @@ import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from utils.errors import UsageError, one_line, printable, quoted
@@ -22,8 +22,15 @@ LONGEST_TITLE = 200  # characters of the process's name
 LONGEST_TRACKED = 128  # of wandb's names
 
 
-def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
+def setup_logging(
+    is_main_process: bool, log_file: Path | None = None, terminal: TextIO | None = None
+) -> None:
     """Messages go to the terminal and, once it is known, to the run's log file.
+
+    Args:
+        is_main_process: of this process.
+        log_file: of the run.
+        terminal: where messages below errors go; None: standard output.
 
     Only the main process speaks below warnings. What it has said since the last call without a file
     is written there first.
@@ -36,11 +43,11 @@ def setup_logging(is_main_process: bool, log_file: Path | None = None) -> None:
         handler.close()
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
-    terminal = _Terminal(sys.stdout)
-    terminal.addFilter(lambda record: record.levelno < logging.ERROR)
+    messages = _Terminal(sys.stdout if terminal is None else terminal)
+    messages.addFilter(lambda record: record.levelno < logging.ERROR)
     errors = _Terminal(sys.stderr)
     errors.setLevel(logging.ERROR)
-    for handler in (terminal, errors):
+    for handler in (messages, errors):
         handler.setFormatter(_Formatter("%(message)s"))
         logger.addHandler(handler)
     if log_file is not None and is_main_process:

@@ -40,6 +40,11 @@ SYNONYMS = {
     "model": ("base-model", "model-name", "model-name-or-path"),
     "modelwrapper": ("method", "wrapper"),
     "dataset": ("data", "dataset-name"),
+    "text-column": ("text-columns", "text-col", "text-field", "input-column"),
+    "label-column": ("label-col", "target-column", "label-field"),
+    "val-file": ("validation-file", "eval-file", "dev-file"),
+    "prompt": ("template", "prompt-template"),
+    "answer-words": ("verbalizer", "label-words"),
     "quantization": ("load-in-4bit", "quantize"),
     "bayes-eval-n-samples-final": ("samples", "n-samples", "num-samples"),
     "load-lora-path": ("adapter", "adapter-path", "lora-path"),
@@ -63,6 +68,12 @@ class Args(argparse.Namespace):
                 "numbers as attributes of the object that derives them"
             )
         super().__setattr__(name, value)
+
+    def replaced(self, **changes: Any) -> Args:
+        """A read-only copy in which some flags have other values."""
+        return Args(
+            **{key: v for key, v in vars(self).items() if key != "_frozen"} | changes
+        ).freeze()
 
     def as_dict(self) -> dict[str, Any]:
         """Every flag with the value that the run uses. `given` has only those that were passed."""
@@ -370,6 +381,11 @@ def text(value: str) -> str:
 def optional(value: str) -> str | None:
     """A text; the word None means that there is none."""
     return None if value.lower() == "none" else text(value)
+
+
+def template(value: str) -> str:
+    """A text in which line breaks are allowed; they are kept as a backslash and an n."""
+    return text(value.replace("\r\n", "\n").replace("\n", "\\n"))
 
 
 def blocks(value: str) -> str:

@@ -39,7 +39,7 @@ from utils.files import (
 )
 from utils.logging import logger
 from utils.records import Count, Record, as_record, parse_json, read_record
-from utils.run_paths import HELD_OUT, check_name, predictions_file
+from utils.run_paths import PARTS, check_name, data_set_name, predictions_file
 from utils.run_records import (
     ARGS_FILE,
     FORMAT_VERSION,
@@ -310,8 +310,8 @@ class RunFolder:
         with suppress(UsageError):
             flags = read_run_record(folder / ARGS_FILE, "--overwrite").args
             shifted = flags.get("ood_datasets")
-            data_sets |= {str(name).rpartition(":")[2] for name in _as_list(shifted)}
-        names |= {predictions_file(), predictions_file(HELD_OUT)}
+            data_sets |= {data_set_name(str(name)) for name in _as_list(shifted)}
+        names |= {predictions_file(), *map(predictions_file, PARTS)}
         for data_set in data_sets:
             with suppress(UsageError):
                 names.add(predictions_file(check_name(data_set, "data set")))

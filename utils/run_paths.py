@@ -8,11 +8,13 @@ from pathlib import Path
 
 from utils.errors import UsageError, quoted
 from utils.run_records import ARGS_FILE, HISTORY_FILE, LOG_FILE, METRICS_FILE
+from utils.table_task import is_table
 
 LONGEST_FOLDER, LONGEST_DATA_SET = 255, 200  # bytes; a data set's name is part of a file's, too
 # Folders in a run's folder or beside it that are no runs: the report does not look into them.
 NOT_RUNS = ("state", "wandb", "tensorboard")
-HELD_OUT = "held_out"  # predictions-held_out.safetensors are of no data set of that name
+HELD_OUT, CALIBRATION = "held_out", "calibration"  # predictions on parts of the training set
+PARTS = (HELD_OUT, CALIBRATION)  # predictions-held_out.safetensors are of no data set of that name
 
 
 def run_folder_path(args) -> Path:
@@ -38,7 +40,7 @@ def run_folder_path(args) -> Path:
     parts = [
         check_name(args.modelwrapper.rpartition(":")[2].lower(), "--modelwrapper"),
         *_model_folders(str(args.model)),
-        check_data_set_name(args.dataset.rpartition(":")[2], "--dataset"),
+        check_data_set_name(data_set_name(args.dataset), "--dataset"),
         name if name != "default" else names["--log-path"],
     ]
     root = Path(args.output_dir)
@@ -94,12 +96,22 @@ def check_name(name: str, flag: str, longest: int = LONGEST_FOLDER) -> str:
     return name
 
 
+def data_set_name(dataset: str) -> str:
+    """What a run's folder and files call its data set.
+
+    Args:
+        dataset: as in --dataset or --ood-datasets: a name, FILE.py:NAME, or the path of a table,
+            which is called after its file without the ending.
+    """
+    return Path(dataset).stem if is_table(dataset) else dataset.rpartition(":")[2]
+
+
 def check_data_set_name(name: str, flag: str) -> str:
     """`check_name`, of what also names a file of predictions."""
-    if name == HELD_OUT:
+    if name in PARTS:
         raise UsageError(
-            f"{flag}: {quoted(name)} is what the predictions on held-out rows are called; choose "
-            "another name for the data set."
+            f"{flag}: {quoted(name)} is what the predictions on held-out rows are called; "
+            "choose another name for the data set."
         )
     return check_name(name, flag, LONGEST_DATA_SET)
 

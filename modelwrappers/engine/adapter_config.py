@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
 from pydantic import Field
 
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.records import Count, Name, Positive, Record, as_record, read_json
-
-CONFIG_FILE = "adapter_config.json"
 
 # The name of a module, as PEFT's lists have it: PEFT reads some of them as regular expressions.
 ModuleName = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[\w.\-]+$")]
@@ -28,6 +28,9 @@ _WITHOUT_EFFECT = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
+# Keys of PEFT's first versions that changed nothing about what an adapter computes.
+_FORMER = {"merge_weights"}
+_HEADS_OF_PEFT = ("classifier", "score")  # what PEFT trains whole in every SEQ_CLS adapter
 
 
 class AdapterConfig(Record):
@@ -86,13 +89,44 @@ def read_adapter_config(folder: Path, what: str) -> LoraConfig:
                 f"{where}: it uses PEFT's {key} ({quoted(content[key])}), which is not supported "
                 "here; only plain LoRA, rsLoRA and DoRA are."
             )
-    unknown = sorted(content.keys() - {field.name for field in dataclasses.fields(LoraConfig)})
-    if unknown:
-        logger.info("%s: unknown keys are ignored: %s.", file, quoted(", ".join(unknown)))
+    _check_unknown(content, where)
     values = {key: value for key, value in config.model_dump().items() if value is not None}
     alpha = values["lora_alpha"]
     values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+    # As PEFT does, whose older versions did not write it; what is saved here says it or means it.
+    if values.get("task_type") == "SEQ_CLS" and not (folder / RECORD_FILE).is_file():
+        values.setdefault("modules_to_save", list(_HEADS_OF_PEFT))
     try:
         return LoraConfig(**{key: value for key, value in values.items() if key != "peft_type"})
     except (ValueError, TypeError) as error:  # PEFT's own rules on what goes together
         raise UsageError(f"{where}: {error}") from None
+
+
+def _check_unknown(content: dict[str, Any], where: str) -> None:
+    """Keys of another version of PEFT are ignored if they are off, or a number, which is said.
+
+    Each key that has ever changed what a loaded adapter computes was a switch, a list, a mapping or
+    a text; numbers were settings of such, or of the initialisation.
+
+    Raises:
+        UsageError: one of the others is set.
+    """
+    known = {field.name for field in dataclasses.fields(LoraConfig)} | _FORMER
+    unknown = {key: content[key] for key in sorted(content.keys() - known) if content[key]}
+    for key, value in unknown.items():
+        if isinstance(value, bool | str | list | dict):
+            version = content.get("peft_version")
+            raise UsageError(
+                f"{where}: it has {quoted(key)}: {quoted(value)}, which PEFT "
+                f"{metadata.version('peft')} does not know{_saved_by(version)}. It may change what "
+                "the adapter computes; convert it to plain LoRA with the PEFT that made it, or, if "
+                "the key changes nothing about a trained adapter, remove it."
+            )
+    if unknown:
+        logger.warning(
+            "%s: keys that are not known are ignored: %s.", where, quoted(", ".join(unknown))
+        )
+
+
+def _saved_by(version: Any) -> str:
+    return f" (the adapter is from {quoted(version)})" if isinstance(version, str) else ""

@@ -28,6 +28,7 @@ class ClassLogits:
         target_ids: (C,) answer tokens of the adapter's own data set.
         shares_positions: whether the model sends something without a row per example through its
             adapted layers, as DeBERTa its table of relative positions: draws cannot be stacked.
+        one_by_one: whether a forward takes one copy of a batch only.
     """
 
     draws_kind = "independent"  # or "antithetic": draws 2k and 2k+1 are a pair
@@ -38,6 +39,7 @@ class ClassLogits:
         self.is_causal = is_causal
         self.target_ids: Tensor | None = None
         self.shares_positions = model.config.model_type.startswith("deberta")
+        self.one_by_one = self.shares_positions
         self.is_sharded = False
         self._takes_position_ids = is_causal and "position_ids" in takes
         self._takes_logits_to_keep = is_causal and "logits_to_keep" in takes
@@ -156,7 +158,7 @@ class ClassLogits:
 
     def _chunk(self, number: int, rows: int, branch: Branch | None) -> tuple[int, int]:
         """(copies, rows) of one forward."""
-        if self.shares_positions:
+        if self.one_by_one:
             return 1, rows
         if self.training:
             return number, rows
@@ -212,7 +214,7 @@ class ClassLogits:
 
         Not in training: dropout of the backbone is other noise in every copy there.
         """
-        if copies == 1 or self.training or self.shares_positions:
+        if copies == 1 or self.training or self.one_by_one:
             return None
         ids = batch["input_ids"]
         if ids.shape[-1] < 2 or ids.device.type == "meta":

@@ -31,10 +31,18 @@ With the Bayesian PEFT project, posterior included:
 from modelwrappers import load_posterior
 
 posterior = load_posterior("<this repository or a local folder>")
-logits = posterior.forward_logits(posterior.model_inputs(batch), n_samples={n_draws})  # (B, N, C)
+for answer in posterior.answer([...]):  # rows of its task, without labels
+    print(answer["answer"], answer["probabilities"], answer["mutual_information"])
 ```
-
+{calibration}
 With PEFT alone, `PeftModel.from_pretrained` reads the posterior mean.
+"""
+
+
+CALIBRATED = """
+`answer(rows, coverage=0.9)` adds sets that have the right answer with that probability, and
+`max_risk=0.05` says where the answer should be given: for rows like the {rows} calibration rows,
+which the adapter was not trained on, and for no others.
 """
 
 
@@ -53,6 +61,7 @@ def model_card(config: dict[str, Any]) -> str:
     # The hub takes ids only, and a path would tell of the machine.
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", config["model"]) is not None
     model = config["model"] if is_hub_id else Path(config["model"]).name
+    calibration = config.get("calibration")
     flags = ", ".join(f"{key} {value}" for key, value in config.get("flags", {}).items())
     return TEMPLATE.format(
         model=model,
@@ -63,4 +72,5 @@ def model_card(config: dict[str, Any]) -> str:
         choices=", ".join(config["choices"] or ["unknown"]),
         n_draws=config["n_draws"],
         metrics="\n".join(lines),
+        calibration=CALIBRATED.format(rows=calibration["rows"]) if calibration else "",
     )

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import HfApi
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
-from modelwrappers.engine.adapter_config import CONFIG_FILE, read_adapter_config
+from decisions.calibration import Calibration
+from decisions.conformal import MOST_ROWS
+from modelwrappers.engine.adapter_config import read_adapter_config
 from modelwrappers.engine.model_card import model_card
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.errors import UsageError, quoted
 from utils.files import disk_errors, remove_folder, write_atomically, write_json, write_tensors
 from utils.hub import go_offline_if_unreachable
@@ -36,18 +39,29 @@ from utils.records import (
     read_tensors,
 )
 from utils.registry import users_code
+from utils.table_task import TableTask
 
 if TYPE_CHECKING:
     from modelwrappers.wrapperbase import WrapperBase
 
 ADAPTER_FILE = "adapter_model.safetensors"
-RECORD_FILE = "bayes_config.json"
 TENSORS_FILE = "posterior.safetensors"  # of `posterior_tensors`, where a method names no other
-FILES = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, TENSORS_FILE)  # of every adapter's folder
+CALIBRATION_FILE = "calibration.safetensors"  # predictions of calibration rows
+# of every adapter's folder
+FILES = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, TENSORS_FILE, CALIBRATION_FILE)
 FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another number
 
 # What the posterior was trained on; a posterior is one over the adapter of exactly that model.
 BASE_MODEL_FLAGS = ("model", "model_type", "load_model_path", "quantization", "dtype")
+# When a row had draws enough in the run's evaluation.
+SETTLING_FLAGS = ("draws_adaptive", "draws_tolerance", "draws_error_rate")
+# How the run's evaluation drew, so that the posterior's predictions are those that were measured.
+EVALUATION_FLAGS = (
+    "seed_sampling",
+    "eval_batch_size",
+    "bayes_inference_notsample",
+    *SETTLING_FLAGS,
+)
 # How a row of the posterior's task becomes tokens.
 ROW_FLAGS = (
     "max_seq_len",
@@ -85,6 +99,37 @@ class Rows(Record):
     num_shots: Annotated[int, Field(ge=0, le=100)] = 0
 
 
+class Evaluation(Record):
+    """How the run's evaluation drew (flags of the same names).
+
+    Draws that are fresh depend on the seed and on which rows are one batch; with both, predictions
+    of the same rows are those of the run.
+    """
+
+    seed_sampling: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    eval_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    bayes_inference_notsample: bool = False
+    draws_adaptive: bool = False
+    draws_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    draws_error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+
+
+class CalibrationFacts(Record):
+    """What a calibration is of: predictions that are made otherwise have no promise.
+
+    Attributes:
+        rows: how many.
+        n_draws: of each row; 0 is the posterior mean.
+        temperature: that they were scaled by.
+        unseen: whether the run knew that the adapter was not trained on these rows.
+    """
+
+    rows: Annotated[int, Field(ge=1, le=MOST_ROWS)]
+    n_draws: Annotated[int, Field(ge=0, le=100_000)]
+    temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
+    unseen: bool = True
+
+
 class Prompt(Record):
     """What a row looks like to the model: the task's example, as text and as tokens.
 
@@ -115,8 +160,12 @@ class PosteriorRecord(Record):
         pad_token_id: what fills short rows.
         rows: how a row becomes tokens.
         prompt: the tokenizer, and an example of a row in text and tokens.
+        task: what the rows of a user's own table ask; None for every other data set.
         n_draws: N of the final evaluation.
+        evaluation: how it drew; None in records of before that was kept.
         temperature: what held-out rows have the logits divided by, if one was fitted.
+        tuned: whether a temperature or a prior was chosen by held-out rows.
+        calibration: of the rows in `CALIBRATION_FILE` beside the record; None: there is none.
         metrics: data set -> what the run measured.
         flags: the method's own flags that it needs again, each under its flag's rules.
         tensors: what `WrapperBase.posterior_tensors` gave, by name; they lie beside the adapter.
@@ -141,8 +190,12 @@ class PosteriorRecord(Record):
     pad_token_id: Count | None
     rows: Rows = Rows()
     prompt: Prompt | None = None
+    task: TableTask | None = None
     n_draws: Annotated[int, Field(ge=1, le=100_000)]
+    evaluation: Evaluation | None = None
     temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
+    tuned: bool = False
+    calibration: CalibrationFacts | None = None
     metrics: dict[Name, Scores] = Field(default_factory=dict)
     flags: dict[Name, Any] = Field(default_factory=dict)
     tensors: list[Name] = Field(default_factory=list)
@@ -162,6 +215,8 @@ class PosteriorRecord(Record):
             raise ValueError(
                 f"there are {len(self.choices)} choices, but {len(self.target_ids)} target_ids"
             )
+        if self.task is not None and self.choices != list(self.task.answers):
+            raise ValueError("'choices' are others than the answers of 'task'")
         if self.target_ids is not None and self.model_type != "causallm":
             raise ValueError("'target_ids' are tokens of a causal LM; a classifier has none")
         return self
@@ -190,19 +245,7 @@ def read_posterior_record(folder: Path, what: str) -> PosteriorRecord:
     return as_record(content, PosteriorRecord, where, remedy)
 
 
-# --- where an adapter lies ------------------------------------------------------------------------
-
-
-def adapter_folder(args) -> Path:
-    """The local folder of --load-lora-path, downloaded first if it lies in a hub repo.
-
-    Raises:
-        UsageError: it cannot be downloaded.
-    """
-    path = args.load_lora_path
-    if args.load_lora_huggingface_repo:
-        path = _downloaded(args.load_lora_huggingface_repo, path.strip("/"))
-    return Path(path)
+# --- the folder of an adapter ---------------------------------------------------------------------
 
 
 class Saved(NamedTuple):
@@ -231,6 +274,12 @@ def read_saved(folder: Path, what: str, record: PosteriorRecord | None = None) -
     """
     for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
+            if (pickled := folder / "adapter_model.bin").is_file():
+                raise UsageError(
+                    f"{what}: the weights in {folder} are pickled ({pickled.name}), and nothing is "
+                    "unpickled here. If you trust them, load them with PEFT and save them again: "
+                    "`save_pretrained` writes safetensors."
+                )
             raise UsageError(
                 f"{what}: there is no {name} in {folder}; it takes a folder that --checkpoint or "
                 "PEFT's save_pretrained wrote."
@@ -259,25 +308,6 @@ def snapshot(repo: str) -> Path:
         ) from None
 
 
-def _downloaded(repo: str, path: str) -> Path:
-    """The folder `path` of a hub repo."""
-    from huggingface_hub import snapshot_download
-
-    if ".." in Path(path).parts or not path:
-        raise UsageError(
-            f"--load-lora-path {quoted(path)}: it must be a folder inside of the hub repo {repo}."
-        )
-    go_offline_if_unreachable()
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[f"{path}/*"])) / path
-    except Exception as error:
-        raise UsageError(
-            f"--load-lora-huggingface-repo {repo} cannot be read: "
-            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}\n"
-            "Without network access pass a local folder as --load-lora-path alone."
-        ) from None
-
-
 # --- to a folder and back -------------------------------------------------------------------------
 
 
@@ -287,20 +317,24 @@ def describe(wrapper: WrapperBase, tensors: Mapping[str, Tensor]) -> PosteriorRe
     Args:
         tensors: of `posterior_tensors`, which lie beside the record.
     """
-    args = wrapper.args
+    args, task = wrapper.args, wrapper.table_task
     return PosteriorRecord(
         format_version=FORMAT_VERSION,
         modelwrapper=args.modelwrapper,
         **{name: getattr(args, name) for name in BASE_MODEL_FLAGS},
-        dataset=args.dataset,
+        dataset=task.name if task is not None else args.dataset,  # no path of this machine's
         dataset_type=args.dataset_type,
         choices=wrapper.answers,
         target_ids=wrapper.target_ids.tolist() if wrapper.target_ids is not None else None,
         pad_token_id=wrapper.base_model.config.pad_token_id,
         rows=Rows(**{name: getattr(args, name) for name in ROW_FLAGS}),
         prompt=wrapper.prompt,
+        task=task,
         n_draws=max(1, wrapper.final_draws()),
+        evaluation=Evaluation(**{name: getattr(args, name) for name in EVALUATION_FLAGS}),
         temperature=wrapper.fitted_temperature,
+        tuned=wrapper.is_tuned,
+        calibration=wrapper.calibration_facts if wrapper.calibration is not None else None,
         metrics={name: Scores.model_validate(block) for name, block in wrapper.results.items()},
         flags={name: getattr(args, name) for name in wrapper.posterior_flags},
         tensors=sorted(tensors),
@@ -320,6 +354,10 @@ def write_posterior(wrapper: WrapperBase, folder: Path) -> None:
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
     if tensors:
         write_tensors(folder / wrapper.posterior_file, tensors, {})
+    if wrapper.calibration is not None:
+        arrays = wrapper.calibration._asdict()
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        write_tensors(folder / CALIBRATION_FILE, tensors, {})
     if extra := wrapper.trained_base_tensors():
         file = folder / ADAPTER_FILE
         write_tensors(file, read_tensors(file, "adapter") | extra, {"format": "pt"})
@@ -357,34 +395,6 @@ def push(wrapper: WrapperBase, repo_id: str, private: bool | None, token, **kwar
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
 
 
-def load_weights(wrapper: WrapperBase, folder: Path, adapter_name: str) -> None:
-    """Fill an adapter from a folder that this project, PEFT or the original code wrote.
-
-    Keys of the original carry their prefix twice and may bring the base model's whole head; the one
-    is undone, the other left out.
-
-    Raises:
-        UsageError: a tensor is missing or has another shape: another architecture or rank.
-    """
-    method, model = wrapper.args.modelwrapper, wrapper.args.model
-    tensors = wrapper.completed_adapter(read_adapter_tensors(folder, "--load-lora-path"))
-    head = wrapper.trained_base_tensors()
-    expected = head | get_peft_model_state_dict(
-        wrapper, adapter_name=adapter_name, save_embedding_layers=False
-    )
-    if unknown := sorted(key for key in tensors.keys() - expected.keys() if ".lora_" in key):
-        logger.info(
-            "%s holds more than --modelwrapper %s takes (%s): its point estimate or mean is taken.",
-            folder,
-            method,
-            quoted(unknown[0]),
-        )
-    check_adapter_tensors(tensors, expected, folder, model)
-    wrapper.load_state_dict({key: tensors[key] for key in head}, strict=False)
-    adapter = {key: tensors[key] for key in expected.keys() - head.keys()}
-    set_peft_model_state_dict(wrapper, adapter, adapter_name=adapter_name)
-
-
 def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
     """Weights, then whatever makes them the method's posterior.
 
@@ -397,7 +407,71 @@ def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
     wrapper.load_adapter_weights(saved.folder)
     record = saved.record if is_own else None
     wrapper.fitted_temperature = record.temperature if record is not None else None
+    if record is not None:
+        wrapper.is_tuned = wrapper.is_tuned or is_tuned(record)
+        take_calibration(wrapper, saved)
     wrapper.take_posterior(saved.folder, record)
+    wrapper.recorded_answers = saved.record.choices if saved.record is not None else None
+
+
+def is_tuned(record: PosteriorRecord) -> bool:
+    """Whether held-out rows have had a say in the posterior already."""
+    return record.tuned or record.temperature is not None
+
+
+def take_calibration(wrapper: WrapperBase, saved: Saved) -> None:
+    """Keep the calibration of a loaded posterior, unless this run changes what it is of.
+
+    Raises:
+        UsageError: its file is missing, or breaks a rule.
+    """
+    calibration = read_calibration(saved)
+    if calibration is None:
+        return
+    facts = saved.record.calibration
+    changed = None
+    if type(wrapper).tunes_on_held_out(wrapper.args):
+        changed = "a temperature or a prior is chosen by held-out rows, which may be its own"
+    elif facts.temperature != wrapper.fitted_temperature:
+        changed = "its temperature is another"
+    elif wrapper.run_folder is not None and wrapper.final_draws() != facts.n_draws:
+        changed = f"it had {facts.n_draws} draws (0 is the mean), this run {wrapper.final_draws()}"
+    elif wrapper.run_folder is not None and wrapper.args.draws_adaptive:
+        changed = "it had a fixed number of draws"
+    if changed is not None:
+        logger.warning("The calibration of %s is not kept: %s.", saved.folder, changed)
+        return
+    wrapper.calibration, wrapper.calibration_facts = calibration, facts
+
+
+def read_calibration(saved: Saved) -> Calibration | None:
+    """What the posterior in a folder keeps of its calibration rows, if anything.
+
+    Raises:
+        UsageError: the file is missing, or breaks a rule.
+    """
+    record = saved.record
+    if record is None or record.calibration is None or record.choices is None:
+        return None
+    file, n = saved.folder / CALIBRATION_FILE, record.calibration.rows
+    num_answers = len(record.choices)
+    tensors = read_tensors(file, "calibration")
+    where = f"calibration: {file}"
+    shapes = {
+        "predictive": ((n, num_answers), ("float64",)),
+        "labels": ((n,), ("int64",)),
+        "mutual_information": ((n,), ("float64",)),
+        "index": ((n,), ("int64",)),
+    }
+    calibration = Calibration(
+        **{
+            name: check_tensor(tensors, name, shape, where, kinds).numpy()
+            for name, (shape, kinds) in shapes.items()
+        }
+    )
+    if (problem := calibration.problem(num_answers)) is not None:
+        raise UsageError(f"{where}: {problem}. Calibrate again, or download the posterior again.")
+    return calibration
 
 
 def give_back(wrapper: WrapperBase, record: PosteriorRecord, file: Path) -> None:
@@ -420,47 +494,3 @@ def give_back(wrapper: WrapperBase, record: PosteriorRecord, file: Path) -> None
             raise UsageError(f"{file}: {quoted(key)} has values that are not finite.")
     with users_code(f"{file}: {type(wrapper).__name__}.load_posterior_tensors"), torch.no_grad():
         wrapper.load_posterior_tensors(dict(tensors))
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-_PREFIX = "base_model.model."
-
-
-def read_adapter_tensors(folder: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of an adapter file; the original's keys, whose prefix stands twice, repaired."""
-    tensors = read_tensors(folder / ADAPTER_FILE, what)
-    return {
-        _PREFIX + key[2 * len(_PREFIX) :] if key.startswith(2 * _PREFIX) else key: value
-        for key, value in tensors.items()
-    }
-
-
-def check_adapter_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path, model: str
-) -> None:
-    """Hold an adapter's tensors against those of the model's LoRA layers.
-
-    Args:
-        tensors: of the file.
-        expected: what the layers have.
-        folder: where the file lies.
-        model: the base model's name.
-    Raises:
-        UsageError: one is missing, has another shape, is of no floating type or not finite.
-    """
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise UsageError(
-            f"--load-lora-path: {folder} has no weights for {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: it was made for "
-            f"another architecture than {model}, or saved without its trained head."
-        )
-    for key, value in expected.items():
-        if tensors[key].shape != value.shape:
-            raise UsageError(
-                f"--load-lora-path: {key} in {folder} has shape {tuple(tensors[key].shape)}, "
-                f"{model} needs {tuple(value.shape)}; the adapter was made for "
-                "another architecture, rank or number of classes."
-            )
-        check_tensor(tensors, key, tuple(value.shape), f"--load-lora-path: {folder / ADAPTER_FILE}")

@@ -14,15 +14,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from decisions.calibration import Calibration
+from decisions.conformal import MOST_ROWS
+from modelwrappers.engine.answers import Answers
+from modelwrappers.engine.posterior import CalibrationFacts
 from modelwrappers.engine.prediction import Batch, Predictions
 from modelwrappers.engine.tracking import track
 from utils.errors import RunError
 from utils.interrupts import interrupts
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
-from utils.run_paths import predictions_file
+from utils.run_paths import CALIBRATION, HELD_OUT, data_set_name, predictions_file
 from utils.temperature import fit_temperature, scale
 
 if TYPE_CHECKING:
@@ -38,7 +43,15 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
     args = wrapper.args
     if args.temperature_scaling:
         wrapper.fitted_temperature = _fit_temperature(wrapper)
-    name, split = args.dataset.rpartition(":")[2], args.testing_set
+    if args.calibrate != "no":
+        wrapper.calibration = calibration = _calibrate(wrapper)
+        wrapper.calibration_facts = CalibrationFacts(
+            rows=len(calibration.labels),
+            n_draws=wrapper.final_draws(),
+            temperature=wrapper.fitted_temperature,
+            unseen=args.load_lora_path is None or args.adapter_dataset is not None,
+        )
+    name, split = data_set_name(args.dataset), args.testing_set
     if split != "train_val":  # the others may name where anchors come from, too
         split = getattr(wrapper.dataset, "eval_split", split)
     metrics = _score_and_keep(wrapper, wrapper.eval_loader, name, split, predictions_file())
@@ -81,11 +94,26 @@ def _finish(wrapper: WrapperBase, training_seconds: float) -> None:
         folder.finish()
 
 
+def _calibrate(wrapper: WrapperBase) -> Calibration:
+    """What sets and selective answers need, of held-out rows; their predictions are kept."""
+    name = data_set_name(wrapper.args.dataset)
+    predictions = wrapper.predict(wrapper.calibration_loader)
+    _write_predictions(wrapper, predictions, name, CALIBRATION, predictions_file(CALIBRATION))
+    if wrapper.fitted_temperature is not None:
+        scaled = scale(predictions.log_probs, wrapper.fitted_temperature).float()
+        predictions = Predictions(scaled, *predictions[1:], predictions.num_draws)
+    calibration = Answers.of(predictions).as_calibration()
+    if len(calibration.labels) > MOST_ROWS:
+        kept = np.sort(np.random.default_rng(0).permutation(len(calibration.labels))[:MOST_ROWS])
+        calibration = Calibration(*(values[kept] for values in calibration))
+    return calibration
+
+
 def _fit_temperature(wrapper: WrapperBase) -> float:
     """T from predictions on the part of the training set that was held out; they are kept."""
     predictions = wrapper.predict(wrapper.held_out_loader)
-    name = wrapper.args.dataset.rpartition(":")[2]
-    _write_predictions(wrapper, predictions, name, "held_out", predictions_file("held_out"))
+    name = data_set_name(wrapper.args.dataset)
+    _write_predictions(wrapper, predictions, name, HELD_OUT, predictions_file(HELD_OUT))
     return fit_temperature(predictions.log_probs, predictions.labels, predictions.num_draws)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -57,9 +57,19 @@ ATTENTION_PROJECTIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def load_model(
-    args, num_labels: int, device: torch.device, stay_on_cpu: bool = False
-) -> PreTrainedModel:
+class Base(NamedTuple):
+    """A base model, and its layers that are new: its checkpoint has no weights (of that shape)."""
+
+    model: PreTrainedModel
+    new_layers: frozenset[str]
+
+
+def load_model(args, num_labels: int, device: torch.device) -> PreTrainedModel:
+    """The model of `load_base`."""
+    return load_base(args, num_labels, device).model
+
+
+def load_base(args, num_labels: int, device: torch.device, stay_on_cpu: bool = False) -> Base:
     """The frozen base model on `device`, in the class that --model-type asks for.
 
     Args:
@@ -113,9 +123,9 @@ def load_model(
         model.config.pad_token_id = _first(model.config.eos_token_id) or 0
     model.config.use_cache = False
     absent = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
-    new = sorted({key.rpartition(".")[0] for key in absent})
+    new = {key.rpartition(".")[0] for key in absent}
     roots = head_roots(model)
-    lacking = [name for name in new if not is_within(name, roots)]
+    lacking = sorted(name for name in new if not is_within(name, roots))
     if lacking:
         kind = "encoder" if is_classifier else "causal LM"
         raise UsageError(
@@ -131,7 +141,7 @@ def load_model(
     use_exact_4bit(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return Base(model, frozenset(new))
 
 
 def _check_weights(auto, config: PreTrainedConfig, path: Path, name: str) -> None:

@@ -304,8 +304,8 @@ def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -
             )
         if adapter in module.lora_variant:
             raise UsageError(
-                f"the layer {name} already is a {type(module.lora_variant[adapter]).__name__}; a "
-                "Gaussian posterior goes on plain LoRA only."
+                f"the layer {name} is {variant_name(module, adapter)}, and a Gaussian posterior "
+                "goes on plain LoRA only: take map, mle or mcdropout, or an adapter of plain LoRA."
             )
     draws.num_layers = max(draws.num_layers, len(layers))  # it may be shared with another adapter
     for place, (_, module) in enumerate(layers):
@@ -316,6 +316,13 @@ def attach_posterior(model: nn.Module, adapter: str, eps: float, draws: Draws) -
         rho = torch.empty_like(mean).uniform_(eps / math.sqrt(2), eps)
         getattr(module, RHO)[adapter] = nn.Parameter(rho, requires_grad=mean.requires_grad)
         module.lora_variant[adapter] = GaussianLora(draws, place)
+
+
+def variant_name(module: LoraLayer, adapter: str) -> str:
+    """What is not plain LoRA about a layer, for a message."""
+    if adapter in module.lora_magnitude_vector:
+        return "DoRA (use_dora), which divides by the norm of each row of its weights"
+    return f"a {type(module.lora_variant[adapter]).__name__}"
 
 
 # Layers that see all tokens of a batch as one list, without rows: model type -> names.
