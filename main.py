@@ -10,7 +10,6 @@ The path below is the whole program: flags, data, model and method, training and
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import platform
@@ -27,7 +26,7 @@ import modelwrappers
 from dataset import build_dataset, check_data_sets
 from utils.args import Args, asks_for_help, build_parser, check_shared, finish, first_pass
 from utils.commit import current_commit
-from utils.errors import RunError, UsageError, one_line
+from utils.errors import RunError, UsageError
 from utils.interrupts import Interrupted, interrupts
 from utils.logging import (
     check_tracker,
@@ -37,6 +36,7 @@ from utils.logging import (
     quiet_libraries,
     setup_logging,
 )
+from utils.program import run_program
 from utils.run_paths import data_set_name, run_folder_path
 from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
 
@@ -330,51 +330,16 @@ def provenance(argv: list[str] | None) -> dict[str, Any]:
     }
 
 
-def exhausted(error: BaseException) -> str | None:
-    """What there was too little of, and what can be done; None for any other error."""
-    told = one_line(str(error).partition(".")[0])[:300]
-    if isinstance(error, OSError):
-        full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        return f"the disk is full ({told}). Free some space." if error.errno in full else None
-    is_cpus = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
-    if is_cpus:
-        return (
-            f"this machine's memory is full ({told or 'MemoryError'}). Lower --batch-size, "
-            "--eval-batch-size or --max-seq-len, or take a smaller --model; --resume goes on from "
-            "the last state, if there is one."
-        )
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"the GPU's memory is full ({told}). Lower --batch-size or --eval-batch-size, or pass "
-            "--gradient-checkpointing or --quantization 4bit; --resume goes on from the last "
-            "state, if there is one."
-        )
-    return None
-
-
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
     try:
-        main(argv)
-    except (UsageError, RunError) as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    except (MemoryError, RuntimeError, OSError) as error:  # torch's are RuntimeErrors
-        if (message := exhausted(error)) is None:
-            raise
-        logger.error("RunError: %s", message)
-        return RunError.exit_code
+        return run_program(lambda: main(argv))
     except SystemExit:
         if asks_for_help(sys.argv[1:] if argv is None else argv):
             raise
         # whatever its code was: a run that did not come to its end must not look finished
         logger.error("RunError: code that the run calls has ended it by sys.exit().")
         return RunError.exit_code
-    except KeyboardInterrupt as error:
-        logger.error("%s", error if isinstance(error, Interrupted) else "Interrupted.")
-        return error.exit_code if isinstance(error, Interrupted) else 130
-    return 0
 
 
 if __name__ == "__main__":

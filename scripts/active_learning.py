@@ -37,10 +37,10 @@ from report.learning_curves import (
 )
 from report.plots import save_figure
 from utils.args import Args, Parser, add_switch, build_parser, positive_int, seed
-from utils.errors import RunError, UsageError, quoted
+from utils.errors import UsageError, quoted
 from utils.files import write_atomically
 from utils.flags import spelling
-from utils.interrupts import Interrupted, interrupts
+from utils.interrupts import interrupts
 from utils.logging import (
     logger,
     name_process,
@@ -50,6 +50,7 @@ from utils.logging import (
     writable,
 )
 from utils.parser import folded, meant_flag
+from utils.program import run_program
 from utils.round_log import Plan, Round, RoundLog, Split
 from utils.row_output import check_place
 from utils.run_paths import data_set_name
@@ -400,21 +401,10 @@ def write(base: Args, log: RoundLog, out: Path, made: dict[str, Any]) -> None:
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
     setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
-    try:
-        with interrupts.handled():
-            main(sys.argv[1:] if argv is None else argv)
-    except (UsageError, RunError) as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    except (MemoryError, RuntimeError, OSError) as error:
-        if (message := program.exhausted(error)) is None:
-            raise
-        logger.error("RunError: %s", message)
-        return RunError.exit_code
-    except KeyboardInterrupt as error:
-        logger.error("Interrupted; run the same command with --resume to go on.")
-        return error.exit_code if isinstance(error, Interrupted) else 130
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    told = "Interrupted; run the same command with --resume to go on."
+    with interrupts.handled():
+        return run_program(lambda: main(argv), told)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,10 @@ from decisions.calibration import Wanted
 from decisions.conformal import SCORES
 from decisions.selective import SCORES as CONFIDENCES
 from utils.args import Args, Parser, above, add_switch, count, positive_int, seed
-from utils.errors import RunError, UsageError, described, quoted
-from utils.interrupts import Interrupted, interrupts
+from utils.errors import UsageError, described, quoted
+from utils.interrupts import interrupts
 from utils.logging import logger, quiet_libraries, setup_logging
+from utils.program import run_program
 
 if TYPE_CHECKING:
     from modelwrappers.engine.prediction import Predictions
@@ -484,19 +485,10 @@ def digest_of(path: Path) -> str:
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
     setup_logging(os.environ.get("RANK", "0") == "0", terminal=sys.stderr)
-    try:
-        with interrupts.handled():
-            main(sys.argv[1:] if argv is None else argv)
-    except (UsageError, RunError) as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return RunError.exit_code
-    except KeyboardInterrupt as error:
-        logger.error("Interrupted; with --out FILE, --resume goes on (not with batchbald).")
-        return error.exit_code if isinstance(error, Interrupted) else 130
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    told = "Interrupted; with --out FILE, --resume goes on (not with batchbald)."
+    with interrupts.handled():
+        return run_program(lambda: main(argv), told)
 
 
 if __name__ == "__main__":

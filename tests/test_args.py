@@ -8,6 +8,7 @@ import torch
 
 from main import parse_args
 from utils.errors import UsageError
+from utils.program import exhausted
 
 BASE = ["--dataset-type", "mcdataset", "--dataset", "obqa", "--model", "m", "--modelwrapper", "mle"]
 
@@ -394,7 +395,7 @@ def test_what_was_exhausted_is_named(error, words, monkeypatch):
 
     monkeypatch.setattr(main, "main", fails)
     assert main.run([]) == 1
-    assert words in main.exhausted(error)
+    assert words in exhausted(error)
 
 
 def test_another_error_keeps_its_traceback(monkeypatch):

@@ -1,0 +1,63 @@
+"""How a program ends: with messages instead of tracebacks for what a user can cause."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from utils.errors import RunError, UsageError, one_line
+from utils.interrupts import Interrupted
+from utils.logging import logger
+
+
+def run_program(main: Callable[[], Any], interrupted: str | None = None) -> int:
+    """Call `main`, tell what went wrong, and return the exit code.
+
+    Args:
+        main: the program.
+        interrupted: what Ctrl-C and SIGTERM are answered with; None: what the interruption says.
+    """
+    try:
+        main()
+    except (UsageError, RunError) as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+    except BrokenPipeError:  # nobody reads the output any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else exit tries once more
+        return RunError.exit_code
+    except (MemoryError, RuntimeError, OSError) as error:  # torch's are RuntimeErrors
+        if (message := exhausted(error)) is None:
+            raise
+        logger.error("RunError: %s", message)
+        return RunError.exit_code
+    except KeyboardInterrupt as error:
+        is_told = isinstance(error, Interrupted)
+        logger.error("%s", interrupted or (error if is_told else "Interrupted."))
+        return error.exit_code if is_told else 130
+    return 0
+
+
+def exhausted(error: BaseException) -> str | None:
+    """What there was too little of, and what can be done; None for any other error."""
+    told = one_line(str(error).partition(".")[0])[:300]
+    if isinstance(error, OSError):
+        full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        return f"the disk is full ({told}). Free some space." if error.errno in full else None
+    is_cpus = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+    if is_cpus:
+        return (
+            f"this machine's memory is full ({told or 'MemoryError'}). Lower --batch-size, "
+            "--eval-batch-size or --max-seq-len, or take a smaller --model; --resume goes on from "
+            "the last state, if there is one."
+        )
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory is full ({told}). Lower --batch-size or --eval-batch-size, or pass "
+            "--gradient-checkpointing or --quantization 4bit; --resume goes on from the last "
+            "state, if there is one."
+        )
+    return None
