@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.files import Row, as_row, rows_of_file
-from utils.embedded import bbc_articles
+from utils.embedded import SPLITS, bbc_articles
 from utils.errors import UsageError, described, quoted
 from utils.hub import go_offline_if_unreachable
 from utils.registry import users_code
@@ -59,9 +59,15 @@ class HubGroup:
 
 @dataclass(frozen=True)
 class BBCNews:
-    """The embedded corpus: `text` (headline or body) and `topic` of each article."""
+    """The embedded corpus: `text` (headline or body) and `topic` of each article.
+
+    Attributes:
+        text: "headline" or "body".
+        version: of the division; see `bbc_articles`.
+    """
 
     text: str
+    version: int = SPLITS[-1]
 
     def rows(self, split: str) -> list[tuple[str, Row]]:
         return [
@@ -69,7 +75,7 @@ class BBCNews:
                 f"embedded corpus [{split}] '{a['headline']}'",
                 {"text": a[self.text], "topic": a["topic"]},
             )
-            for a in bbc_articles()
+            for a in bbc_articles(self.version)
             if a["split"] == split and a[self.text]
         ]
 

@@ -44,8 +44,8 @@ class Task:
         choices: the answers, in label order: words for a causal LM, class names for a classifier.
         prompt: row -> `Prompt` (multiple choice), or a tuple of one or two sentences (classifier).
         label: row -> index into `choices`; raises ValueError or KeyError on an unknown answer.
-        published: where the published runs differ: flag name -> fields of the record to replace.
-            "choice_format" for text_first, "boolq_tokens" for swapped.
+        published: where published or older runs differ: flag name -> fields of the record to
+            replace. "choice_format" for text_first, "boolq_tokens" for swapped, "bbc_split" for 1.
         eos_published: whether they append end-of-text to the prompt (--append-eos).
         example: a row in the source's schema, written by hand: documentation (`scripts/tasks.py`
             renders it), and what the golden tests render.
@@ -69,7 +69,7 @@ class Task:
 LETTERS = ("A", "B", "C", "D", "E")
 TRAIN_VALIDATION = {"train": "train", "val": "validation"}
 TRAIN_TEST = {"train": "train", "val": "test", "test": "test"}
-PUBLISHED_FLAGS = {"choice_format": "text_first", "boolq_tokens": "swapped"}
+PUBLISHED_FLAGS = {"choice_format": "text_first", "boolq_tokens": "swapped", "bbc_split": 1}
 
 
 # --- looking a record up --------------------------------------------------------------------------
@@ -223,7 +223,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt": ("a function of a row", callable),
     "label": ("a function of a row", callable),
     "published": (
-        "a dict from 'choice_format' and 'boolq_tokens' to fields of the record",
+        "a dict from 'choice_format', 'boolq_tokens' and 'bbc_split' to fields of the record",
         _are_replacements,
     ),
     "eos_published": ("True or False", lambda value: isinstance(value, bool)),
@@ -545,6 +545,7 @@ def _bbc(
         choices=TOPICS,
         prompt=as_prompt,
         label=topic,
+        published={"bbc_split": {"source": BBCNews(text, version=1)}},
         example=example,
     )
 

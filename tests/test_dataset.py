@@ -340,11 +340,34 @@ def test_every_row_is_evaluated_in_the_same_batch_on_any_number_of_processes(num
 def test_embedded_split_never_changes():
     from utils.embedded import bbc_articles
 
-    articles = bbc_articles()
-    tests = [article for article in articles if article["split"] == "test"]
-    assert (len(articles), len(tests)) == (2096, 500)
-    assert tests[0]["headline"] == "Continental 'may run out of cash'"
-    assert len({article["headline"] for article in articles}) == 2096
+    for version, number in ((1, 2096), (2, 2064)):
+        articles = bbc_articles(version)
+        tests = [article for article in articles if article["split"] == "test"]
+        assert (len(articles), len(tests)) == (number, 500)
+        assert tests[0]["headline"] == "Continental 'may run out of cash'"
+        assert len({article["headline"] for article in articles}) == number
+
+
+def test_no_training_article_repeats_a_body_and_the_others_are_those_of_before():
+    """The test set and the first 243 training articles, which older numbers are of, stay."""
+    from utils.embedded import bbc_articles
+
+    old, new = bbc_articles(1), bbc_articles()
+    assert new[: 500 + 243] == old[: 500 + 243]
+    kept = iter(new)
+    left_out = []
+    waiting = next(kept)
+    for article in old:
+        if article == waiting:
+            waiting = next(kept, None)
+        else:
+            left_out.append(article)
+    bodies = {article["body"] for article in new}
+    assert len(left_out) == 32 and all(article["body"] in bodies for article in left_out)
+    train = [article["body"] for article in new if article["split"] == "train"]
+    test = {article["body"] for article in new if article["split"] == "test"}
+    assert len(set(train)) == len(train) and not test & set(train)
+    assert {article["split"] for article in left_out} == {"train"}
 
 
 def test_an_adapters_own_answers_are_read_where_the_spaces_agree(tiny_llama, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.adapter_base import adopt_base_model
 from utils.catalogue import Catalogue
+from utils.embedded import SPLITS
 from utils.errors import UsageError, quoted
 from utils.flags import (
     PROTOCOLS,
@@ -93,6 +94,7 @@ ADOPTED = (
     ("max_seq_len",),
     ("num_shots",),
     ("seed_split",),
+    ("bbc_split",),
     ("held_out",),
     ("protocol",),
     ("choice_format",),
@@ -259,6 +261,12 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
                     "--draws-adaptive, too, or drop it."
                 )
     args.num_shots = 0 if args.num_shots is None else args.num_shots
+    args.bbc_split = SPLITS[-1] if args.bbc_split is None else args.bbc_split
+    if trained.get("bbc_split") == args.bbc_split != SPLITS[-1]:
+        notice_once(
+            f"The adapter in {args.load_lora_path} was trained on the embedded corpus as it was "
+            f"divided then (--bbc-split {args.bbc_split}); so it is here."
+        )
     if args.num_shots and args.dataset_type == "bertds":
         raise UsageError(
             f"--num-shots {args.num_shots} puts solved examples before a causal LM's prompt, but "
@@ -362,7 +370,7 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
     names = [*(name for group in (*ADOPTED, *ALTERNATIVES) for name in group), "hold_out"]
     dataset = stored.get("dataset")
     trained_in_file = isinstance(dataset, str) and names_code(dataset)
-    trained = {"num_shots": 0} | {  # what runs of before that flag had
+    trained = {"num_shots": 0, "bbc_split": SPLITS[-1]} | {  # what a file that lacks them means
         name: stored_value(actions[name], stored[name], f"--load-lora-path: {file}")
         for name in names
         if name in stored and not (trained_in_file and name == "dataset")
@@ -386,6 +394,7 @@ def _adopt_from_run(args: Args, parser: Parser) -> dict[str, Any]:
 # Which rows are held out depends on these.
 SPLIT_FLAGS = (
     *("data_dir", "limit_train", "held_out", "seed_split", "num_shots", "val_file", "text_column"),
+    "bbc_split",
 )
 
 

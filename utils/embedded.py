@@ -95,12 +95,23 @@ def _dequantised(gguf: Path, name: str) -> Path:
     return folder
 
 
-def bbc_articles() -> list[dict[str, str]]:
+SPLITS = (1, 2)  # versions of the corpus' division; --bbc-split
+
+
+def bbc_articles(version: int = SPLITS[-1]) -> list[dict[str, str]]:
     """The BBC news corpus: `headline`, `body`, `topic` and `split` of each article.
 
     Articles that share a headline with an earlier one are left out: the corpus repeats some, and a
     repeated headline must not be trained on and tested at once. The split depends on nothing but
     the headline's SHA-256: the 500 smallest hashes are the test set.
+
+    The corpus also repeats bodies under other headlines. Since version 2, a training article is
+    left out whose body is that of a test article (8 are) or of an earlier training article (24
+    are). The test set is the same in both, and so are the first 243 training articles: what was
+    measured before with fewer rows is what would be measured now.
+
+    Args:
+        version: 1: with the training articles that repeat a body, as before; 2: without them.
     """
     articles = {}
     for path in sorted(p for p in wheel_files(CORPUS) if p.suffix == ".txt"):
@@ -113,6 +124,10 @@ def bbc_articles() -> list[dict[str, str]]:
     by_hash = sorted(
         articles.values(), key=lambda a: hashlib.sha256(a["headline"].encode()).digest()
     )
+    kept, bodies = [], set()
     for position, article in enumerate(by_hash):
         article["split"] = "test" if position < 500 else "train"
-    return by_hash
+        if article["split"] == "test" or version == 1 or article["body"] not in bodies:
+            kept.append(article)
+        bodies.add(article["body"])
+    return kept

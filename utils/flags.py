@@ -319,6 +319,12 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with train, validation or test files",
     )
     data.add_argument(
+        "--bbc-split",
+        type=whole(1, 2),
+        help="division of the embedded corpus; 1: as before repeated bodies were left out of "
+        "training (default: 2, or the adapter's)",
+    )
+    data.add_argument(
         "--max-seq-len", type=whole(1, 10_000_000), default=300, help="tokens of a row at most"
     )
     data.add_argument(

@@ -18,6 +18,7 @@ ARGS_FILE, METRICS_FILE, HISTORY_FILE, LOG_FILE = (
     *("args.json", "metrics.json", "history.jsonl", "log.txt"),
 )
 FORMAT_VERSION = 1  # of a run's JSON files; those without the key are older, and read as 1
+DIVIDED_ANEW = ("bbc_headlines", "bbc_bodies")  # data sets that --bbc-split is about
 LONGEST_ARGUMENT = 2**17  # characters: what Linux passes to a program
 
 
@@ -67,10 +68,23 @@ class RunRecord(Record):
             raise ValueError("it has neither an object 'args' nor an object 'given'")
         return self
 
+    @model_validator(mode="after")
+    def _knows_its_division(self) -> RunRecord:
+        """A run on the embedded corpus that is older than --bbc-split has read the first one."""
+        reads = {str(self.args.get(key)).lower() for key in ("dataset", "ood_ori_dataset")}
+        if reads & set(DIVIDED_ANEW) and self.args.get("data_dir") is None:
+            self.args.setdefault("bbc_split", 1)
+        return self
+
     @property
     def repeated(self) -> dict[str, Any]:
-        """The flags that `--config` passes again: those that were given, or else all."""
-        return self.given if "given" in self.model_fields_set else self.args
+        """The flags that `--config` passes again: those that were given, or else all.
+
+        The division of the embedded corpus is always among them: its default has changed.
+        """
+        if "given" not in self.model_fields_set:
+            return self.args
+        return {key: self.args[key] for key in ("bbc_split",) if key in self.args} | self.given
 
 
 class Scaled(Record):
