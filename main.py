@@ -26,6 +26,7 @@ import modelwrappers
 from dataset import build_dataset, check_data_sets
 from utils.args import Args, asks_for_help, build_parser, check_shared, finish, first_pass
 from utils.commit import current_commit
+from utils.data_set_names import data_set_name
 from utils.errors import RunError, UsageError
 from utils.interrupts import Interrupted, interrupts
 from utils.logging import (
@@ -37,7 +38,7 @@ from utils.logging import (
     setup_logging,
 )
 from utils.program import run_program
-from utils.run_paths import data_set_name, run_folder_path
+from utils.run_paths import run_folder_path
 from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
 
 # Torch and the libraries on it take seconds to import: functions that run after the call was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from abc import ABC, abstractmethod
@@ -14,54 +15,26 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dataset.batches import Batches, EvalBatches, TrainBatches, seeded_order
+from dataset.batches import Batches, EvalBatches, TrainBatches, padded, seeded_order
+from dataset.record import PUBLISHED_FLAGS, Prompt, Task
+from dataset.shift import noisy_row
 from dataset.shots import NO_SHOTS, Shots
 from dataset.sources import Row, is_folder, load_rows
 from dataset.tables import table_task
-from dataset.tasks import PUBLISHED_FLAGS, Prompt, Task, check_shifted, find_task
-from utils.base_model import REMEDY, load_config, model_path, num_positions, shown
-from utils.errors import UsageError, described, quoted
+from dataset.tasks import check_shifted, find_task
+from dataset.tokenizing import Limits, load_tokenizer
+from utils.data_set_names import is_table, noisy_block, same_data_set, split_noise
+from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.registry import users_code
-from utils.table_task import is_table
 
 if TYPE_CHECKING:
     from dataset.reading import RowReader
 
 Example = dict[str, Any]
 UNLABELLED = -1  # what stands in `labels` where nobody knows the answer
-
-
-def load_tokenizer(args) -> PreTrainedTokenizerBase:
-    """The tokenizer of --load-model-path, or of --model where there is none.
-
-    Raises:
-        UsageError: there is none to be found.
-    """
-    for name in filter(None, (args.load_model_path, args.model)):
-        try:
-            load_config(name, args.trust_remote_code)  # the tokenizer's own reader believes it
-            tokenizer = AutoTokenizer.from_pretrained(
-                model_path(name),
-                use_fast=not args.use_slow_tokenizer,
-                trust_remote_code=args.trust_remote_code,
-            )
-            most = tokenizer.model_max_length
-            if not isinstance(most, int | float) or not most >= 1:
-                raise ValueError(f"its model_max_length is {quoted(most)}")
-            return tokenizer
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except UsageError as error:
-            problem = str(error)
-        except BaseException as error:
-            # transformers raises OSError, ValueError, KeyError and others for the same thing; the
-            # library below panics, with a class that is no Exception
-            problem = f"no tokenizer can be loaded for --model {shown(name)}: {described(error)}"
-            problem += f"\n{REMEDY}"
-    raise UsageError(problem)
 
 
 # --testing-set values of existing command lines that say where anchors come from, too
@@ -86,6 +59,7 @@ class DatasetBase(ABC):
         target_ids_are_tokens: whether classes are tokens (a causal LM's), not a head's outputs.
         task, tokenizer: what the flags named.
         is_shifted: whether it is one of --ood-datasets.
+        noise: strength of the errors in the rows' text (`dataset.shift`); None: there are none.
         pool_rows: the training rows that `train_on` has left out, without their labels.
     """
 
@@ -103,6 +77,7 @@ class DatasetBase(ABC):
     ) -> None:
         self.args = args
         self.accelerator = accelerator
+        self.noise: int | None = None
         self.pool_rows: list[Example] = []
         self._table_rows: dict[int, Row] = {}  # training rows of a table, by index
         self.is_shifted = is_shifted = name is not None
@@ -195,6 +170,11 @@ class DatasetBase(ABC):
         return len(self.task.choices)
 
     @property
+    def is_labelled(self) -> bool:
+        """Whether rows have one of the classes; else they are out of distribution."""
+        return self.task.label is not None
+
+    @property
     def num_samples(self) -> int:
         """n, the number of training examples."""
         return len(self.train_rows)
@@ -258,15 +238,8 @@ class DatasetBase(ABC):
 
     @property
     def pad_token_id(self) -> int:
-        """What fills short rows: the end of text, where there is no padding token.
-
-        A padding token that was added to the tokenizer, but not to the model, is none.
-        """
-        size = self._model_size("vocab_size")
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None and (size is None or token < size):
-                return token
-        return 0
+        """What fills short rows; see `Limits`."""
+        return self.limits.pad_token_id
 
     @cached_property
     def train_rows(self) -> list[Example]:
@@ -378,20 +351,47 @@ class DatasetBase(ABC):
         """
         others = {}
         for name in self.args.ood_datasets or ():
-            other = type(self)(self.args, self.accelerator, self.tokenizer, name)
+            base, strength = split_noise(name)
+            is_own = strength is not None and self._is_own(base)
+            other = (
+                self if is_own else type(self)(self.args, self.accelerator, self.tokenizer, base)
+            )
             if not self.target_ids_are_tokens and other.task.choices != self.task.choices:
                 raise UsageError(
                     f"--ood-datasets {name} has the classes {', '.join(other.task.choices)}, but "
                     f"the classifier is one for {', '.join(self.task.choices)}."
                 )
             data_dir = self.args.data_dir
-            if data_dir is not None and not is_folder(Path(data_dir) / other.task.name):
+            if not (is_own or data_dir is None or is_folder(Path(data_dir) / other.task.name)):
                 raise UsageError(
                     f"--ood-datasets {name}: --data-dir {data_dir} has no folder "
                     f"{other.task.name}; with several data sets each needs its own in there."
                 )
-            others[other.task.name] = other
+            block = other.task.name
+            if strength is not None:
+                other, block = other.with_noise(strength), noisy_block(block, strength)
+            others[block] = other
         return others
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a value of --ood-datasets names the run's own data set."""
+        if is_table(name) or is_table(self.args.dataset):
+            return same_data_set(name, self.args.dataset)
+        return find_task(name, self.tasks) == find_task(self.args.dataset, self.tasks)
+
+    def with_noise(self, strength: int) -> DatasetBase:
+        """The same rows, labels and solved examples, with errors in the rows' text.
+
+        Args:
+            strength: of the errors; see `dataset.shift`.
+        """
+        noisy = copy.copy(self)
+        for name in list(vars(noisy)):
+            is_cached = isinstance(getattr(type(self), name, None), cached_property)
+            if is_cached and name not in ("limits", "shots"):
+                del vars(noisy)[name]
+        noisy.noise = strength
+        return noisy
 
     def _whole_batches(self, rows: list[Example]) -> list[Example]:
         """With --drop-last without the rows at the end that fill no batch of all processes."""
@@ -504,7 +504,10 @@ class DatasetBase(ABC):
                 self._table_rows[index] = row
             if index in left_out:
                 continue
-            example, cut = self.encoded(row, where)
+            shown = row
+            if self.noise is not None:
+                shown = noisy_row(row, self.task.text_columns, self.noise)
+            example, cut = self.encoded(shown, where)
             label = self.label_of(row, where)
             examples.append(example | {"labels": label, "index": index})
             num_cut += cut
@@ -533,27 +536,17 @@ class DatasetBase(ABC):
         """
         with users_code(lambda: self.cannot_read(row, where)):
             example, cut = self.encode(row)
-        self._check_tokens(example, where)
+        self.limits.check(example, where)
         return example, cut
 
     def cannot_read(self, row: Row, where: str) -> str:
         """The beginning of a message about a row."""
         return f"{where}: {self.task.name} cannot read the row {quoted(row)}"
 
-    def _check_tokens(self, example: Example, where: str) -> None:
-        """A row must have tokens, and the model must know them."""
-        if not example["input_ids"]:
-            raise UsageError(f"{where}: the row's text has no tokens.")
-        for key, name in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
-            size, most = self._model_size(name), max(example.get(key, [0]))
-            if size and most >= size:  # 0: DeBERTa has no token types
-                raise UsageError(
-                    f"{where}: the tokenizer gives {key} up to {most}, but the model knows {size} "
-                    f"({name}): the tokenizer of --model {self.args.model} is that of another one."
-                )
-
     def label_of(self, row: Row, where: str) -> int:
-        """The row's label, which must be an index into the task's choices."""
+        """The row's label, an index into the task's choices; `UNLABELLED` where none is right."""
+        if not self.is_labelled:
+            return UNLABELLED
 
         def told() -> str:
             answers = quoted(", ".join(self.task.choices), 400)
@@ -569,33 +562,14 @@ class DatasetBase(ABC):
         return label
 
     @cached_property
-    def _model_config(self) -> PreTrainedConfig | None:
-        """What the base model says of itself; None where the model is only known to the caller."""
-        try:
-            name = self.args.load_model_path or self.args.model
-            return load_config(name, self.args.trust_remote_code)
-        except UsageError:  # whoever loads the model says so
-            return None
+    def limits(self) -> Limits:
+        """What tokenizer and base model take of a row."""
+        return Limits(self.args, self.tokenizer)
 
-    def _model_size(self, name: str) -> int | None:
-        """A number of the base model's configuration, where it has it."""
-        if self._model_config is None:
-            return None
-        return getattr(self._model_config.get_text_config(), name, None)
-
-    @cached_property
+    @property
     def limit(self) -> tuple[int, str]:
         """The most tokens of a row, and who says so."""
-        most = self.tokenizer.model_max_length
-        limits = [
-            (self.args.max_seq_len, f"--max-seq-len is {self.args.max_seq_len}"),
-            (most, f"the tokenizer's limit is {most}"),
-        ]
-        positions = num_positions(self._model_config) if self._model_config else None
-        if positions is not None:
-            limits.append((positions, f"the model has {positions} positions"))
-        number, reason = min(limits)
-        return int(number), reason
+        return self.limits.most
 
     @property
     def max_length(self) -> int:
@@ -604,21 +578,8 @@ class DatasetBase(ABC):
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """Pad token lists to one length: the longest's, or --max-seq-len."""
-        width = max(len(example["input_ids"]) for example in examples)
-        if self.args.pad_to_max_length:
-            width = max(width, self.max_length)
-        batch: dict[str, Tensor] = {}
-        for key in examples[0]:
-            values = [example[key] for example in examples]
-            if isinstance(values[0], list):
-                fill = self.pad_token_id if key == "input_ids" else 0
-                values = [self._pad(value, width, fill) for value in values]
-            batch[key] = torch.tensor(values)
-        return batch
-
-    def _pad(self, tokens: list[int], width: int, fill: int) -> list[int]:
-        padding = [fill] * (width - len(tokens))
-        return padding + tokens if self.padding_side == "left" else tokens + padding
+        least = self.max_length if self.args.pad_to_max_length else 0
+        return padded(examples, self.pad_token_id, self.padding_side, least)
 
     def eval_loader(self, examples: list[Example]) -> Batches:
         """This process's batches of examples, the longest first; see `EvalBatches`."""

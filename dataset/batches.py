@@ -1,8 +1,9 @@
-"""Which rows come in which batch: the order of training and of evaluation, on every process."""
+"""Which rows come in which batch, on every process, and how they become one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,3 +101,28 @@ class EvalBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for i in range(len(self)):
             yield self.batches[min(i * self.num_processes + self.rank, len(self.batches) - 1)]
+
+
+def padded(
+    examples: Sequence[Mapping[str, Any]], fill: int, side: str, least: int = 0
+) -> dict[str, Tensor]:
+    """Examples as one batch, token lists padded to the longest's length.
+
+    Args:
+        examples: token lists (T,) and numbers, the same keys in each.
+        fill: the token that fills `input_ids`; other lists are filled with 0.
+        side: "left" or "right", where it is put.
+        least: the length at least.
+    Returns:
+        (B, T) for lists, (B,) for numbers.
+    """
+    width = max(least, *(len(example["input_ids"]) for example in examples))
+    batch: dict[str, Tensor] = {}
+    for key in examples[0]:
+        values = [example[key] for example in examples]
+        if isinstance(values[0], list):
+            padding = [[fill if key == "input_ids" else 0] * (width - len(v)) for v in values]
+            pairs = zip(values, padding, strict=True)
+            values = [more + own if side == "left" else own + more for own, more in pairs]
+        batch[key] = torch.tensor(values)
+    return batch

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dataset.base import DatasetBase, Example
 from dataset.batches import seeded_order
+from dataset.columns import checked_text
+from dataset.record import Prompt
 from dataset.shots import (
     BOUNDARY,
     NO_SHOTS,
@@ -21,7 +23,7 @@ from dataset.shots import (
     split_of_shots,
 )
 from dataset.sources import Row
-from dataset.tasks import MULTIPLE_CHOICE_TASKS, Prompt, checked_text
+from dataset.tasks import MULTIPLE_CHOICE_TASKS
 from utils.errors import UsageError, quoted
 from utils.registry import users_code
 

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from dataset import DATASETS
 from dataset.base import UNLABELLED, DatasetBase, Example
+from dataset.record import Task
 from dataset.sources import Row
 from dataset.tables import task_of
-from dataset.tasks import Task, find_task
+from dataset.tasks import find_task
+from utils.data_set_names import is_table
 from utils.errors import UsageError, quoted
 from utils.logging import logger
-from utils.table_task import TableTask, is_table
+from utils.table_task import TableTask
 
 
 class RowReader:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataset.base import DatasetBase, Example
+from dataset.columns import checked_text
+from dataset.record import Prompt
 from dataset.sources import Row
-from dataset.tasks import CLASSIFICATION_TASKS, Prompt, checked_text
+from dataset.tasks import CLASSIFICATION_TASKS
 from utils.errors import UsageError, quoted
 
 

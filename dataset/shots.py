@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from dataset.tasks import Task, find_task
+from dataset.record import Task
+from dataset.tasks import find_task
+from utils.data_set_names import is_table, split_noise
 from utils.errors import UsageError, quoted
 from utils.records import LONGEST_SHOTS
-from utils.table_task import is_table
 
 BOUNDARY = "\n\n"  # after each solved example
 
@@ -62,6 +63,7 @@ def check_shots(args, tasks: Mapping[str, Task]) -> None:
     """
     if args.num_shots:
         for name in (args.dataset, *(args.ood_datasets or ())):
+            name = split_noise(name).base
             if is_table(name):  # any of its rows can be one
                 continue
             split_of_shots(find_task(name, tasks), args.num_shots)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dataset.files import Row, as_row, rows_of_file
+from utils.data_set_names import SUFFIXES
 from utils.embedded import SPLITS, bbc_articles
 from utils.errors import UsageError, described, quoted
 from utils.hub import go_offline_if_unreachable
 from utils.registry import users_code
-from utils.table_task import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,12 @@ class BBCNews:
     Attributes:
         text: "headline" or "body".
         version: of the division; see `bbc_articles`.
+        topics: of which there are articles; None: all.
     """
 
     text: str
     version: int = SPLITS[-1]
+    topics: tuple[str, ...] | None = None
 
     def rows(self, split: str) -> list[tuple[str, Row]]:
         return [
@@ -76,7 +78,9 @@ class BBCNews:
                 {"text": a[self.text], "topic": a["topic"]},
             )
             for a in bbc_articles(self.version)
-            if a["split"] == split and a[self.text]
+            if a["split"] == split
+            and a[self.text]
+            and (self.topics is None or a["topic"] in self.topics)
         ]
 
 

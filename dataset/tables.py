@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataset.columns import checked_text
 from dataset.files import Row, read_rows
-from dataset.tasks import NAME_RULE, Prompt, Task, checked_task, checked_text, is_name
+from dataset.record import NAME_RULE, Prompt, Task, checked_task, is_name
+from utils.data_set_names import data_set_name, is_table, split_noise
 from utils.errors import UsageError, quoted
 from utils.logging import logger, notice_once
 from utils.registry import did_you_mean
-from utils.run_paths import data_set_name
-from utils.table_task import MOST_CLASSES, Piece, TableTask, columns_of, is_table, pieces_of
+from utils.table_task import MOST_CLASSES, Piece, TableTask, columns_of, pieces_of
 
 VALIDATION_SHARE = 0.2  # of the rows, where there is no --val-file
 LONGEST_CLASS = 100  # characters of a class's name
@@ -100,6 +101,7 @@ def task_of(record: TableTask, dataset_type: str, source: Table | None = None) -
         label=_label_of(record),
         # no row of the data: the example goes where the adapter goes
         example=dict.fromkeys(record.columns, "...") | {record.label_column: record.choices[0]},
+        text_columns=tuple(record.text_columns),
         table=record,
     )
     return checked_task(task, record.name)
@@ -116,7 +118,7 @@ def check_tables(args) -> None:
     columns = _Columns(args.text_column, args.label_column, args.prompt)
     named = [("--dataset", args.dataset), ("--val-file", args.val_file)]
     named += [("--test-file", args.test_file), ("--ood-ori-dataset", args.ood_ori_dataset)]
-    named += [("--ood-datasets", name) for name in args.ood_datasets or ()]
+    named += [("--ood-datasets", split_noise(name).base) for name in args.ood_datasets or ()]
     for flag, name in named:
         if is_table(name):
             next(columns.read(name, flag))

@@ -27,11 +27,11 @@ from modelwrappers.lora.sharding import check_sharding, shards_base
 from modelwrappers.wrapperbase import WrapperBase
 from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.args import settings_of
+from utils.data_set_names import data_set_name
 from utils.errors import UsageError, quoted
 from utils.hub import adapter_folder
 from utils.logging import logger
 from utils.registry import names_code
-from utils.run_paths import data_set_name
 
 
 def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None) -> WrapperBase:

@@ -52,6 +52,10 @@ UNEQUAL_DRAWS = (
     "antithetic pairs converge faster: only the corrected one can be compared. AUROC and FPR@95 by "
     "mutual information rank by the plain one."
 )
+OF_NO_CLASS = (
+    "These examples belong to none of the classes: there is no accuracy or calibration of them, "
+    "only how uncertain a method is and how well that tells them from the source examples."
+)
 SETTLED = (
     "Examples have draws until they are settled. Those whose first draws happen to agree have few, "
     "which leaves even the corrected mutual information somewhat too low."
@@ -163,7 +167,8 @@ def _measure_posterior(
             if evaluation.shifted:
                 source = sources.get((run.folder, scaled), sources.get((None, scaled)))
             decided = None
-            if temperature == evaluation.temperature:  # where there is one, whoever predicts has it
+            # where there is a temperature, whoever predicts has it
+            if temperature == evaluation.temperature and examples.labelled:
                 by_run, by_row = ((k, temperature) for k in (run.folder, names[run.folder]))
                 rows = calibrated.get(by_run, calibrated.get(by_row))
                 decided = rows and _decide(rows, evaluation, predictions, examples, options, report)
@@ -231,10 +236,12 @@ def _measure(
     values = measure(examples, options.num_bins)
     if source is not None:
         values |= measure_shift(source, examples)
-    floors = noise_floors(
-        examples.probs, options.num_bins, seed_of_examples("calibrated labels", options.seed, own)
-    )
-    values["ece_floor"] = floors["ece"]
+    floors = {}
+    if examples.labelled:
+        seed = seed_of_examples("calibrated labels", options.seed, own)
+        floors = noise_floors(examples.probs, options.num_bins, seed)
+        floors["brier_refinement"] = -floors["brier_calibration"]
+        values["ece_floor"] = floors["ece"]
     chunks = defaultdict(list)
     for weights in resample(sizes, options.resamples, options.seed):
         measured = measure(examples, options.num_bins, weights[0])
@@ -255,9 +262,10 @@ def _measure(
         replicates={
             key: np.concatenate(chunks[key]) if key in chunks else np.empty(0) for key in values
         },
-        floors=floors | {"brier_refinement": -floors["brier_calibration"]},
+        floors=floors,
         curves=curves(examples, options.num_bins),
         source=None if source is None else source.histogram,
+        rows=predictions.rows,
     )
 
 
@@ -368,6 +376,8 @@ def _family(
             "Source and shifted examples have different numbers of classes, which alone changes "
             "entropies and probabilities: AUROC and FPR@95 say little."
         )
+    if first.evaluation.stored.unlabelled:
+        notes.append(OF_NO_CLASS)
     for row in rows:
         commits = {result.evaluation.provenance["commit"] for result in row.results}
         if len(commits) > 1:

@@ -101,7 +101,7 @@ class Examples:
 
     Attributes:
         draws: log-probabilities, (n, N, C).
-        labels: (n,)
+        labels: (n,); -1 where the examples belong to none of the classes.
         log_probs: of the posterior predictive, (n, C).
         temperature: what the logits of every draw are to be divided by, if anything.
         num_draws: how many draws each example has, (n,), the first ones; None: all N.
@@ -143,6 +143,11 @@ class Examples:
     def probs(self) -> np.ndarray:
         return np.exp(self.log_probs)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the examples have labels."""
+        return bool((self.labels >= 0).all())
+
     @cached_property
     def top(self) -> tuple[np.ndarray, np.ndarray]:
         """(confidence, correct)"""
@@ -182,10 +187,15 @@ class Examples:
         # Without the examples it is not defined for, those that settled first, the mean would be
         # of others.
         defined = {} if np.isnan(corrected).any() else {"mi_jackknife": corrected}
+        by_label = {}
+        if self.labelled:
+            by_label = {
+                "acc": self.top[1],
+                "nll": u.negative_log_likelihoods(self.log_probs, self.labels),
+                "brier": u.brier_scores(self.probs, self.labels),
+            }
         return {
-            "acc": self.top[1],
-            "nll": u.negative_log_likelihoods(self.log_probs, self.labels),
-            "brier": u.brier_scores(self.probs, self.labels),
+            **by_label,
             "entropy": entropy,
             "entropy_expected": expected,
             "mi": mutual_information(entropy, expected),
@@ -213,11 +223,14 @@ def measure(
     """The metrics of one data set; (R,) values each if there are weights (R, n).
 
     Resampled ranks are those of `BLOCKS` blocks of examples; the values themselves are exact.
+    Without labels only the uncertainties are defined.
     """
     e, (confidence, correct) = examples, examples.top
     ranked = e.top if weights is None else e.ranked_top
     scores = e.scores if weights is None else e.ranked_scores
     out = {key: u.mean(values, weights) for key, values in e.values.items()}
+    if not e.labelled:
+        return out
     out["ece"], out["mce"] = u.calibration_errors(confidence, correct, num_bins, weights)
     out["ece_adaptive"] = u.adaptive_calibration_error(*ranked, num_bins, weights)
     out["ece_classwise"] = u.classwise_calibration_error(e.probs, e.labels, num_bins, weights)
@@ -292,7 +305,8 @@ class Curves:
         risk: error rate at each of `COVERAGE_GRID`.
         entropy: share of the examples in each of `ENTROPY_BINS` bins from 0 to log C.
         draws: (K, 3) number of draws, NLL and ECE of the mean of the first so many; an example that
-            has fewer counts with all it has.
+            has fewer counts with all it has. Empty without labels, and then `bins` and `risk` mean
+            nothing.
     """
 
     bins: np.ndarray
@@ -310,7 +324,7 @@ def curves(examples: Examples, num_bins: int) -> Curves:
         bins=np.stack([np.bincount(bins, column, num_bins) for column in columns]),
         risk=1 - np.asarray(u.accuracy_at_coverage(confidence, correct, COVERAGE_GRID)),
         entropy=entropy_histogram(examples),
-        draws=np.array(list(_by_draws(examples, num_bins))),
+        draws=np.array(list(_by_draws(examples, num_bins)) if examples.labelled else []),
     )
 
 

@@ -17,6 +17,7 @@ from report.tables import (
     caption,
     columns,
     difference_caption,
+    has_differences,
     heading,
     number,
     signed,
@@ -156,7 +157,7 @@ def _family(position: int, family: Family, report: Report, plots: list[Plot]) ->
         if shown:
             parts.append(f"<h3>{in_html(name)}</h3>")
             parts.append(_table(position, family, shown, caption(family, report, name)))
-    if len(family.rows) > 1:
+    if has_differences(family):
         parts.append(f"<h3>Difference from {in_html(family.baseline)}</h3>")
         parts.append(_differences(position, family, difference_caption(family, report)))
     parts += [_decided_table(position, table) for table in decided_tables(family, report)]

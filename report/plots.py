@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
-FIGURES = ("reliability", "risk-coverage", "scatter", "draws", "entropy", "sets", "training")
+FIGURES = (
+    *("reliability", "risk-coverage", "scatter", "draws", "entropy", "sets", "training"),
+    "shift",
+)
 MOST = 12  # rows in a figure
 MOST_POINTS = 2000  # of a training curve
 LONGEST_LABEL, LONGEST_TITLE = 34, 140  # characters
@@ -71,11 +74,13 @@ def draw_family(family: Family, places: dict[str, int], stem: str, folder: Path)
         places: of the rows' names, which say how a row looks.
         stem: of the files' names.
     """
-    drawn: list[tuple[str, Callable, str]] = [
-        ("reliability", _reliability, RELIABILITY),
-        ("risk-coverage", _risk_coverage, RISK_COVERAGE),
-        ("scatter", _scatter, SCATTER),
-    ]
+    drawn: list[tuple[str, Callable, str]] = []
+    if family.labelled:
+        drawn += [
+            ("reliability", _reliability, RELIABILITY),
+            ("risk-coverage", _risk_coverage, RISK_COVERAGE),
+            ("scatter", _scatter, SCATTER),
+        ]
     if any(len(r.results[0].curves.draws) > 1 for r in family.rows):
         drawn.append(("draws", _draws, DRAWS))
     rows = shown_rows(family)
@@ -83,7 +88,8 @@ def draw_family(family: Family, places: dict[str, int], stem: str, folder: Path)
         drawn.append(("entropy", _entropy, ENTROPY))
     title = f"{family.title}: {family.num_examples} examples"
     left_out = (
-        f" Shown are {family.baseline} and those with the lowest NLL, {len(rows)} of "
+        f" Shown are {family.baseline} and those with the lowest {_ranked_by(family)[1]}, "
+        f"{len(rows)} of "
         f"{len(family.rows)} rows."
         if len(rows) < len(family.rows)
         else ""
@@ -127,11 +133,20 @@ def draw_training(
 
 
 def shown_rows(family: Family) -> list[Row]:
-    """At most `MOST` rows, the baseline and those with the lowest NLL, in the table's order."""
-    kept = sorted(
-        family.rows, key=lambda row: (row.name != family.baseline, row.cells["nll"].value)
-    )[:MOST]
+    """At most `MOST` rows, the baseline and those with the lowest NLL, in the table's order.
+
+    Without labels it is the entropy instead of the NLL.
+    """
+    key, _ = _ranked_by(family)
+    kept = sorted(family.rows, key=lambda row: (row.name != family.baseline, row.cells[key].value))[
+        :MOST
+    ]
     return [row for row in family.rows if row in kept]
+
+
+def _ranked_by(family: Family) -> tuple[str, str]:
+    """Key and name of what says which rows are shown."""
+    return ("nll", "NLL") if family.labelled else ("entropy", "entropy")
 
 
 def style(place: int) -> tuple[dict, str]:

@@ -19,6 +19,7 @@ from utils.records import INTEGERS, check_tensor, read_tensors_and_metadata
 
 MOST_NUMBERS = 2**30  # of a file's draws: 4 GiB in single precision
 MOST_CLASSES = 1000
+ESCAPED = "backslashreplace"  # half a surrogate pair in a name
 KINDS = ("independent", "antithetic")  # of draws
 
 
@@ -28,13 +29,14 @@ class Predictions:
 
     Attributes:
         draws: log-probabilities, (n, N, C), as they are stored.
-        labels: (n,)
+        labels: (n,); all are -1 where the rows belong to none of the classes.
         index: (n,) rows in their split.
         num_draws: how many of the N draws each row has, (n,), the first ones; the others are NaN.
         antithetic: whether draws 2k and 2k+1 of a row are a pair (E, -E); an odd last one is alone.
         split: of the data set.
         fingerprint: of data set, split, index, labels and the number of classes; the lower 32
             bits seed the resamples.
+        rows: the same without the data set: equal for a data set with and without errors in it.
     """
 
     draws: np.ndarray
@@ -44,6 +46,7 @@ class Predictions:
     antithetic: bool
     split: str
     fingerprint: int
+    rows: int
 
 
 def read_predictions(evaluation: Evaluation) -> Predictions:
@@ -91,7 +94,8 @@ def _read_predictions(evaluation: Evaluation) -> Predictions:
         for key in ("labels", "index")
     )
     num_draws = np.full(n, most) if equal else _numbers_of_draws(tensors, n, most, name)
-    if labels.min() < 0 or labels.max() >= num_classes:
+    of_none = evaluation.stored.unlabelled and (labels == -1).all()
+    if not of_none and (labels.min() < 0 or labels.max() >= num_classes):
         raise Unusable(f"{name} has labels outside of its {num_classes} classes")
     if index.min() < 0:
         raise Unusable(f"{name} has a row of a negative index")
@@ -108,11 +112,12 @@ def _read_predictions(evaluation: Evaluation) -> Predictions:
         )
     split = str(metadata.get("split") or evaluation.stored.split)
     examples = np.concatenate([[num_classes], index, labels]).tobytes()
-    described = f"{evaluation.dataset} {split} ".encode(errors="backslashreplace") + examples
+    described = f"{evaluation.dataset} {split} ".encode(errors=ESCAPED) + examples
     digest = int.from_bytes(hashlib.sha256(described).digest()[:8])
     fingerprint = digest << 32 | zlib.crc32(described)
     antithetic = kind == "antithetic"
-    return Predictions(draws, labels, index, num_draws, antithetic, split, fingerprint)
+    rows = int.from_bytes(hashlib.sha256(f"{split} ".encode(errors=ESCAPED) + examples).digest())
+    return Predictions(draws, labels, index, num_draws, antithetic, split, fingerprint, rows)
 
 
 def _numbers_of_draws(tensors: dict[str, Tensor], n: int, most: int, name: str) -> np.ndarray:

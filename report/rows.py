@@ -59,6 +59,7 @@ class Result:
         temperature: what the logits were divided by, if anything.
         source: what shifted examples are held against, if there is something.
         decided: sets and selective answers, if the posterior was calibrated.
+        rows: `Predictions.rows`.
     """
 
     run: Run
@@ -75,6 +76,7 @@ class Result:
     curves: Curves
     source: SourceHistogram | None
     decided: Decided | None = None
+    rows: int = 0
 
 
 class Cell(NamedTuple):
@@ -154,6 +156,11 @@ class Family:
     baseline: str
     rows: list[Row]
     notes: list[str]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the examples have labels; else only uncertainties are measured."""
+        return not self.rows[0].results[0].evaluation.stored.unlabelled
 
     @property
     def title(self) -> str:

@@ -14,9 +14,10 @@ from pydantic import Field, FiniteFloat, ValidationError
 
 from report.escape import LONGEST_TEXT, shorten
 from utils.args import NOT_REPEATED, WITHOUT_EFFECT
+from utils.data_set_names import data_set_name
 from utils.errors import UsageError, quoted
 from utils.records import Count, Record, read_bytes
-from utils.run_paths import CALIBRATION, NOT_RUNS, data_set_name, predictions_file
+from utils.run_paths import CALIBRATION, NOT_RUNS, predictions_file
 from utils.run_records import (
     ARGS_FILE,
     HISTORY_FILE,

@@ -32,6 +32,7 @@ from report.rows import Cell, Family, Report, Row
 from utils.errors import one_line
 
 SHORT = ("acc", "ece", "nll", "brier")  # of the terminal
+SHORT_UNLABELLED = ("entropy", "ood_auroc_maxprob", "ood_auroc_entropy", "ood_auroc_mi")
 DIFFERENCES = ("acc", "ece", "ece_smooth", "nll", "brier", "aurc")
 ARROWS = {"low": "↓", "high": "↑", "": ""}
 
@@ -83,6 +84,11 @@ def caption(family: Family, report: Report, name: str) -> str:
         f"{report.options.num_bins} bins, {report.options.resamples} resamples. "
         f"{RULE if report.options.resamples else ''}"
     )
+
+
+def has_differences(family: Family) -> bool:
+    """Whether there is a table of differences: there are labels, and rows besides the baseline."""
+    return family.labelled and len(family.rows) > 1
 
 
 def difference_caption(family: Family, report: Report) -> str:
@@ -140,10 +146,11 @@ def terminal(report: Report) -> str:
     """Accuracy, ECE, NLL and Brier score of every row, `best` as **, `tied` as †."""
     blocks = []
     for family in report.families:
-        head = ["method", "seeds", "draws", *(METRICS[key].title for key in SHORT)]
+        short = SHORT if family.labelled else SHORT_UNLABELLED
+        head = ["method", "seeds", "draws", *(METRICS[key].title for key in short)]
         lines = [head] + [
             [one_line(row.name), str(len(row.results)), row.num_draws]
-            + [_plain(row.cells.get(key), bold="{}*") for key in SHORT]
+            + [_plain(row.cells.get(key), bold="{}*") for key in short]
             for row in family.rows
         ]
         title = one_line(family.title)
@@ -199,7 +206,7 @@ def markdown(report: Report, made: dict[str, str]) -> str:
                 lines.append([name_of_row, str(len(row.results)), row.num_draws, *cells])
             text = in_markdown(caption(family, report, name).strip())
             parts += [f"### {name}", text, aligned(lines)]
-        if len(family.rows) > 1:
+        if has_differences(family):
             lines = [["method", *(heading(METRICS[key]) for key in DIFFERENCES)]]
             for row in family.rows:
                 if row.name != family.baseline:
@@ -258,7 +265,7 @@ def latex(report: Report, made: dict[str, str]) -> str:
             text = caption(family, report, name).replace(BRACKETS, "")
             parts.append(_tex_table([in_latex(h) for h in head], lines, text))
         others = [row for row in family.rows if row.name != family.baseline]
-        if others:
+        if has_differences(family):
             head = ["method", *(heading(METRICS[key]) for key in DIFFERENCES)]
             lines = [
                 [in_latex(row.name)]

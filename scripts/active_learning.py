@@ -37,6 +37,7 @@ from report.learning_curves import (
 )
 from report.plots import save_figure
 from utils.args import Args, Parser, add_switch, build_parser, positive_int, seed
+from utils.data_set_names import data_set_name
 from utils.errors import UsageError, quoted
 from utils.files import write_atomically
 from utils.flags import spelling
@@ -53,7 +54,6 @@ from utils.parser import folded, meant_flag
 from utils.program import run_program
 from utils.round_log import Plan, Round, RoundLog, Split
 from utils.row_output import check_place
-from utils.run_paths import data_set_name
 from utils.run_records import stored_flags
 from utils.seeding import mix_seed
 

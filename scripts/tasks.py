@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import DATASETS
+from dataset.record import Prompt, Task, checked_task
 from dataset.sources import Hub, HubGroup
-from dataset.tasks import Prompt, Task, checked_task
 from utils.errors import UsageError
 from utils.registry import lookup, users_code
 
@@ -34,7 +34,8 @@ def describe(task: Task) -> str:
     if task.example is None:
         return "\n".join([f"## {task.name}", "", *lines, "The record has no example.", ""])
     with users_code(f"the example of {task.name}"):
-        rendered, answer = task.prompt(task.example), task.choices[task.label(task.example)]
+        rendered = task.prompt(task.example)
+        answer = "(none of them)" if task.label is None else task.choices[task.label(task.example)]
         is_prompt = isinstance(rendered, Prompt)
         text = (
             f"{''.join(rendered)} {answer}" if is_prompt else "\n".join([*rendered, f"-> {answer}"])

@@ -773,11 +773,12 @@ def own_task(folder, fields: str) -> str:
         ("choices", "('a', '\\ud800')"),
         ("choices", "None"),
         ("prompt", "'text'"),
-        ("label", "None"),
+        ("label", "3"),
         ("published", "{'x': {}}"),
         ("published", "{'choice_format': {'x': 1}}"),
         ("published", "{'boolq_tokens': {'choices': 'AB'}}"),
         ("eos_published", "1"),
+        ("text_columns", "'text'"),
         ("example", "'row'"),
     ],
 )
@@ -835,7 +836,10 @@ def test_indices_of_other_libraries_are_labels(tiny_llama, data_dir, tmp_path, v
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("bbc_prompt", "a Prompt is for --dataset-type mcdataset"),
+        (
+            "MULTIPLE_CHOICE_TASKS['bbc_headlines'].prompt",
+            "a Prompt is for --dataset-type mcdataset",
+        ),
         ("lambda row: row['text']", "a tuple of one or two sentences"),
         ("lambda row: ('a', 'b', 'c')", "a tuple of one or two sentences"),
         ("lambda row: ()", "there is no text in it"),

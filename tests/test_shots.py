@@ -127,6 +127,7 @@ def test_the_text_of_a_two_shot_prompt_of_local_rows(roomy, tmp_path):
 def test_the_text_of_a_two_shot_prompt_of_the_embedded_headlines(roomy):
     flags = ["--dataset-type", "mcdataset", "--dataset", "bbc_headlines", "--model", roomy]
     flags += ["--modelwrapper", "mle", "--num-shots", "2", "--limit-eval", "1", *LONG]
+    flags += ["--bbc-split", "1"]  # which rows are shown depends on how many there are
     dataset = MultipleChoice(parse_args(flags), accelerator())
     assert text_of(dataset, dataset.test_rows[0]) == (
         f"{TOPICS}UKIP could sue Veritas defectors\nTopic: politics\n\n"

@@ -25,10 +25,10 @@ from modelwrappers import load_posterior
 from modelwrappers.engine.posterior import PosteriorRecord
 from scripts import predict
 from utils.args import check_own_data
+from utils.data_set_names import data_set_name, is_table, same_data_set
 from utils.errors import UsageError
 from utils.records import as_record
-from utils.run_paths import data_set_name
-from utils.table_task import Piece, TableTask, is_table, pieces_of, same_data_set
+from utils.table_task import Piece, TableTask, pieces_of
 
 KINDS = ("mcdataset", "bertds")
 ANSWERS = ["business", "sports", "tech"]

@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.adapter_base import adopt_base_model
 from utils.catalogue import Catalogue
+from utils.data_set_names import check_noisy_names, is_table, same_data_set
 from utils.embedded import SPLITS
 from utils.errors import UsageError, quoted
 from utils.flags import (
@@ -53,8 +54,6 @@ from utils.table_task import (
     FILE_FLAGS,
     check_kept_split,
     check_table_flags,
-    is_table,
-    same_data_set,
 )
 
 # What methods, scripts and tests take from here, whichever file it lies in.
@@ -246,6 +245,7 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
                 f"{quoted(value)} is named by a file only: pass {flag} yourself."
             )
     _match_types(args)
+    check_noisy_names(args)
     check_table_flags(args)
     check_kept_split(args, trained)
     if args.prefix_cache == "on" and args.model_type == "seqcls":

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from utils.data_set_names import data_set_name
 from utils.errors import RunError, UsageError, quoted
 from utils.files import (
     disk_errors,
@@ -39,7 +40,7 @@ from utils.files import (
 )
 from utils.logging import logger
 from utils.records import Count, Record, as_record, parse_json, read_record
-from utils.run_paths import PARTS, check_name, data_set_name, predictions_file
+from utils.run_paths import PARTS, check_name, predictions_file
 from utils.run_records import (
     ARGS_FILE,
     FORMAT_VERSION,

@@ -6,9 +6,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from utils.data_set_names import data_set_name
 from utils.errors import UsageError, quoted
 from utils.run_records import ARGS_FILE, HISTORY_FILE, LOG_FILE, METRICS_FILE
-from utils.table_task import is_table
 
 LONGEST_FOLDER, LONGEST_DATA_SET = 255, 200  # bytes; a data set's name is part of a file's, too
 # Folders in a run's folder or beside it that are no runs: the report does not look into them.
@@ -94,16 +94,6 @@ def check_name(name: str, flag: str, longest: int = LONGEST_FOLDER) -> str:
     if rule is not None:
         raise UsageError(f"{flag}: {quoted(name)} names a run's folder and {rule}; choose another.")
     return name
-
-
-def data_set_name(dataset: str) -> str:
-    """What a run's folder and files call its data set.
-
-    Args:
-        dataset: as in --dataset or --ood-datasets: a name, FILE.py:NAME, or the path of a table,
-            which is called after its file without the ending.
-    """
-    return Path(dataset).stem if is_table(dataset) else dataset.rpartition(":")[2]
 
 
 def check_data_set_name(name: str, flag: str) -> str:

@@ -101,14 +101,16 @@ class Block(Record):
     """A data set's metrics. Those that an overridden `evaluate` does not know are None.
 
     Attributes:
+        unlabelled: whether its rows belong to none of the classes; then there are no metrics.
         n_draws: the most draws that a row has.
         mean_draws: the mean over the rows; None where all have `n_draws`.
     """
 
-    acc: Share
-    ece: Share
-    nll: FiniteFloat
-    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)]
+    acc: Share | None = None
+    ece: Share | None = None
+    nll: FiniteFloat | None = None
+    brier: Annotated[FiniteFloat, Field(ge=0, le=2.001)] | None = None
+    unlabelled: bool = False
     split: Name = "?"
     num_bins: Count | None = None
     seconds: Nonnegative | None = None
@@ -116,6 +118,14 @@ class Block(Record):
     n_draws: Count | None = None
     mean_draws: Nonnegative | None = None
     temperature_scaled: Scaled | None = None
+
+    @model_validator(mode="after")
+    def _has_metrics_where_it_has_labels(self) -> Block:
+        for key in ("acc", "ece", "nll", "brier"):
+            if (getattr(self, key) is None) != self.unlabelled:
+                told = "there are no labels for it" if self.unlabelled else "it is missing"
+                raise ValueError(f"'{key}': {told}")
+        return self
 
 
 class MetricsRecord(Record):

@@ -10,36 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, StringConstraints, model_validator
 
+from utils.data_set_names import SUFFIXES, is_table, same_data_set, split_noise
 from utils.errors import UsageError, quoted
 from utils.flags import spelling
 from utils.records import Record
-from utils.registry import names_code
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MOST_CLASSES = 200
 # Flags that say something of a table, in the order in which messages look at them.
 COLUMN_FLAGS = ("text_column", "label_column", "prompt", "answer_words")
 FILE_FLAGS = ("val_file", "test_file")
-
-
-def is_table(name: str | None) -> bool:
-    """Whether --dataset's value is the path of a table: its ending says so, in any case."""
-    return name is not None and not names_code(name) and Path(name).suffix.lower() in SUFFIXES
-
-
-def same_data_set(first: str | None, second: str | None) -> bool:
-    """Whether two values of --dataset mean the same: two paths of a table may be spelled apart."""
-    if is_table(first) and is_table(second):
-        try:
-            return Path(first).resolve() == Path(second).resolve()
-        except (OSError, RuntimeError, ValueError):  # a link to itself, a NUL
-            return first == second
-    return first == second
 
 
 # --- templates ------------------------------------------------------------------------------------
@@ -254,7 +237,7 @@ def _check_no_table(args, given: list[str]) -> None:
     tables = [("--ood-ori-dataset", args.ood_ori_dataset)]
     tables += [("--ood-datasets", name) for name in args.ood_datasets or ()]
     for flag, name in tables:
-        if is_table(name):
+        if name is not None and is_table(split_noise(name).base):
             raise UsageError(
                 f"{flag} {quoted(name)} is a table, which is read by the columns that are given "
                 f"for the table in --dataset; but --dataset {quoted(args.dataset)} is none."

@@ -335,7 +335,11 @@ def describe(wrapper: WrapperBase, tensors: Mapping[str, Tensor]) -> PosteriorRe
         temperature=wrapper.fitted_temperature,
         tuned=wrapper.is_tuned,
         calibration=wrapper.calibration_facts if wrapper.calibration is not None else None,
-        metrics={name: Scores.model_validate(block) for name, block in wrapper.results.items()},
+        metrics={
+            name: Scores.model_validate(block)
+            for name, block in wrapper.results.items()
+            if not block.get("unlabelled")
+        },
         flags={name: getattr(args, name) for name in wrapper.posterior_flags},
         tensors=sorted(tensors),
         **wrapper.method_config(),

@@ -23,11 +23,12 @@ from modelwrappers.engine.answers import Answers
 from modelwrappers.engine.posterior import CalibrationFacts
 from modelwrappers.engine.prediction import Batch, Predictions
 from modelwrappers.engine.tracking import track
+from utils.data_set_names import data_set_name
 from utils.errors import RunError
 from utils.interrupts import interrupts
 from utils.logging import logger
 from utils.metrics import Metrics, posterior_predictive, score
-from utils.run_paths import CALIBRATION, HELD_OUT, data_set_name, predictions_file
+from utils.run_paths import CALIBRATION, HELD_OUT, predictions_file
 from utils.temperature import fit_temperature, scale
 
 if TYPE_CHECKING:
@@ -58,9 +59,11 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
     track(wrapper, {f"final/{key}": value for key, value in metrics._asdict().items()})
     own = wrapper.predictions
     for other, (dataset, loader) in wrapper.shifted.items():
-        shifted = _score_and_keep(
-            wrapper, loader, other, dataset.eval_split, predictions_file(other)
-        )
+        file = predictions_file(other)
+        if not getattr(dataset, "is_labelled", True):  # a data set of a caller's own may not say
+            _keep_unlabelled(wrapper, loader, other, dataset.eval_split, file)
+            continue
+        shifted = _score_and_keep(wrapper, loader, other, dataset.eval_split, file)
         track(wrapper, {f"final/{other}/{k}": value for k, value in shifted._asdict().items()})
         logger.info("%s: ACC %.4f  ECE %.4f  NLL %.4f  Brier %.4f", other, *shifted)
     wrapper.predictions = own
@@ -138,9 +141,7 @@ def _score_and_keep(
     if wrapper.predictions is not None:  # an overridden `evaluate` may keep none
         log_probs, labels, _ = wrapper.predictions
         num_draws = wrapper.predictions.num_draws
-        block |= {"n_examples": len(labels), "n_draws": log_probs.shape[1]}
-        if num_draws is not None:
-            block["mean_draws"] = num_draws.double().mean().item()
+        block |= _counts(wrapper.predictions)
         temperature = wrapper.fitted_temperature
         if temperature is not None:
             scaled = posterior_predictive(scale(log_probs, temperature), num_draws)
@@ -151,6 +152,41 @@ def _score_and_keep(
         _write_predictions(wrapper, wrapper.predictions, dataset, split, file)
     wrapper.results[dataset] = block
     return metrics
+
+
+def _keep_unlabelled(
+    wrapper: WrapperBase, loader: Iterable[Batch], dataset: str, split: str, file: str
+) -> None:
+    """Keep what is predicted for rows of none of the classes, which no metric is defined for.
+
+    The report holds their uncertainties against those of the run's own data set.
+    """
+    started = time.perf_counter()
+    predictions = wrapper.predict(loader)
+    wrapper.results[dataset] = {
+        "unlabelled": True,
+        "split": split,
+        "seconds": round(time.perf_counter() - started, 3),
+        **_counts(predictions),
+    }
+    if wrapper.fitted_temperature is not None:
+        scaled = {"temperature": wrapper.fitted_temperature}
+        wrapper.results[dataset]["temperature_scaled"] = scaled
+    _write_predictions(wrapper, predictions, dataset, split, file)
+    logger.info(
+        "%s: %d rows of none of the classes; the report says how well they are told from the "
+        "others.",
+        dataset,
+        len(predictions.labels),
+    )
+
+
+def _counts(predictions: Predictions) -> dict[str, Any]:
+    """A block's numbers of rows and draws."""
+    counts = {"n_examples": len(predictions.labels), "n_draws": predictions.log_probs.shape[1]}
+    if predictions.num_draws is not None:
+        counts["mean_draws"] = predictions.num_draws.double().mean().item()
+    return counts
 
 
 def _write_predictions(
