@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 
 from report.decided_tables import PROMISE, Entry, Table, decided_tables, is_decided, left_out
 from report.escape import LONGEST_TEXT, in_html, shorten
 from report.measure import METRICS, TABLES, Metric
 from report.plots import Plot
 from report.rows import Cell, Family, Report, Row
+from report.shift import Shift, shift_tables
 from report.tables import (
     DIFFERENCES,
     UNDEFINED,
@@ -95,6 +97,7 @@ def page(
     plots: dict[int, list[Plot]],
     training: dict[int, Plot],
     made: dict[str, str],
+    shifts: Sequence[tuple[Shift, Plot]] = (),
 ) -> str:
     """The whole page.
 
@@ -103,6 +106,7 @@ def page(
         plots: of each family, by its position.
         training: of each training, by its position.
         made: command, commit and time of the report.
+        shifts: data sets at several strengths of errors in their text, each with its figure.
     """
     families = list(enumerate(report.families))
     links = "".join(
@@ -126,6 +130,7 @@ Made by <code>{command}</code><br>at commit <code>{in_html(made["commit"])}</cod
 <a href="#made">What made the numbers</a>; a method's name in a table leads there.</p></header>
 <nav><ul>{links}</ul></nav>
 {sections}
+{_shifts(shifts)}
 {f'<h2 id="training">Training</h2>{curves}' if curves else ""}
 {_promise(report)}
 {_about()}
@@ -165,6 +170,31 @@ def _family(position: int, family: Family, report: Report, plots: list[Plot]) ->
         parts.append(f'<p class="note">{in_html(missing)}</p>')
     parts += [_figure(plot) for plot in plots]
     return "".join(parts) + "</section>"
+
+
+def _shifts(shifts: Sequence[tuple[Shift, Plot]]) -> str:
+    """Figure and tables of each data set that was evaluated with errors in its text."""
+    parts = ['<h2 id="shift">Strength of the shift</h2>'] if shifts else []
+    for shift, plot in shifts:
+        parts += [f"<h3>{in_html(shift.title)}</h3>", _figure(plot)]
+        for table in shift_tables(shift):
+            lines = []
+            for name, cells in table.lines:
+                method = f'<th scope="row" data-value="{in_html(name)}">{in_html(name)}</th>'
+                found = "".join(_shift_cell(cell) for cell in cells)
+                lines.append(f"<tr>{method}{found}</tr>")
+            head = [(title, "") for title in table.head]
+            parts.append(f"<h3>{in_html(table.name)}</h3>{_sortable(head, lines, table.caption)}")
+    return "".join(parts)
+
+
+def _shift_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return f'<td data-value="">{UNDEFINED}</td>'
+    return (
+        f'<td data-value="{cell.value:.9g}">{number(cell.value)}'
+        f"<small>{bracket(cell.low, cell.high)}</small></td>"
+    )
 
 
 def _head(titles: list[tuple[str, str]]) -> str:

@@ -32,8 +32,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
 FIGURES = (
-    *("reliability", "risk-coverage", "scatter", "draws", "entropy", "sets", "training"),
-    "shift",
+    *["reliability", "risk-coverage", "scatter", "draws", "entropy", "sets", "training", "shift"],
 )
 MOST = 12  # rows in a figure
 MOST_POINTS = 2000  # of a training curve
@@ -87,7 +86,7 @@ def draw_family(family: Family, places: dict[str, int], stem: str, folder: Path)
     if any(with_source(row) for row in rows):
         drawn.append(("entropy", _entropy, ENTROPY))
     title = f"{family.title}: {family.num_examples} examples"
-    left_out = (
+    more = (
         f" Shown are {family.baseline} and those with the lowest {_ranked_by(family)[1]}, "
         f"{len(rows)} of "
         f"{len(family.rows)} rows."
@@ -96,7 +95,7 @@ def draw_family(family: Family, places: dict[str, int], stem: str, folder: Path)
     )
     styled = [(row, *style(places[row.name])) for row in rows]
     return [
-        _save(name, title, text + left_out, lambda draw=draw: draw(family, styled), stem, folder)
+        save_plot(name, title, text + more, lambda draw=draw: draw(family, styled), stem, folder)
         for name, draw, text in drawn
     ]
 
@@ -113,7 +112,7 @@ def draw_sets(
         stem: of the files' names.
     """
     title = f"{families[0].title}: sets, score {asked.set_score}"
-    return _save("sets", title, SETS, lambda: _sets(families, asked, places), stem, folder)
+    return save_plot("sets", title, SETS, lambda: _sets(families, asked, places), stem, folder)
 
 
 def draw_training(
@@ -129,7 +128,9 @@ def draw_training(
         return None
     more = f" Shown are {MOST} of {len(having)} rows." if len(having) > MOST else ""
     title = f"Training on {training.source}, {training.model}"
-    return _save("training", title, TRAINING + more, lambda: _training(having[:MOST]), stem, folder)
+    return save_plot(
+        "training", title, TRAINING + more, lambda: _training(having[:MOST]), stem, folder
+    )
 
 
 def shown_rows(family: Family) -> list[Row]:
@@ -156,9 +157,17 @@ def style(place: int) -> tuple[dict, str]:
     return {"color": COLOURS[place % count], "linestyle": LINES[other]}, MARKERS[other]
 
 
-def _save(
+def save_plot(
     name: str, title: str, caption: str, draw: Callable[[], Figure], stem: str, folder: Path
 ) -> Plot:
+    """A figure as PNG and PDF, and what the page says of it.
+
+    Args:
+        name: one of `FIGURES`.
+        title, caption: the figure's; the title is the caption's beginning.
+        draw: makes it.
+        stem: of the files' names.
+    """
     png = folder / f"{stem}-{name}.png"
     save_figure(title, draw, png, png.with_suffix(".pdf"))
     return Plot(name, f"{title}. {caption}", png)
@@ -192,7 +201,8 @@ def save_figure(title: str, draw: Callable[[], Figure], *files: Path) -> None:
         plt.close(figure)
 
 
-def _axes(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tuple[Figure, list]:
+def panels(count: int, width: float = 3.0, height: float = 2.7, **kwargs) -> tuple[Figure, list]:
+    """A figure of so many panels, at most four beside one another; sizes of one in inches."""
     import matplotlib.pyplot as plt
 
     down = math.ceil(count / 4)
@@ -224,7 +234,7 @@ RELIABILITY = (
 
 
 def _reliability(family: Family, rows: list[Styled]) -> Figure:
-    figure, axes = _axes(len(rows), sharex=True, sharey=True)
+    figure, axes = panels(len(rows), sharex=True, sharey=True)
     for (row, style, marker), ax in zip(rows, axes, strict=True):
         counts, confidence, right = _mean_curve(row, lambda c: c.bins)
         filled = counts > 0
@@ -256,7 +266,7 @@ def _reliability(family: Family, rows: list[Styled]) -> Figure:
             capsize=2,
         )
         ece = row.cells["ece"]
-        ax.set_title(f"{_short(row.name)}\nECE {ece.value:.3f} [{ece.low:.3f}, {ece.high:.3f}]")
+        ax.set_title(f"{short(row.name)}\nECE {ece.value:.3f} [{ece.low:.3f}, {ece.high:.3f}]")
         ax.set(xlim=(0, 1), ylim=(0, 1.05), xlabel="confidence")
     axes[0].set_ylabel("accuracy; share of examples")
     return figure
@@ -279,12 +289,12 @@ RISK_COVERAGE = (
 
 
 def _risk_coverage(family: Family, rows: list[Styled]) -> Figure:
-    figure, (ax,) = _axes(1, 6.6, 3.2)
+    figure, (ax,) = panels(1, 6.6, 3.2)
     for row, style, _ in rows:
-        label = f"{_short(row.name)} (AURC {row.cells['aurc'].value:.3f})"
+        label = f"{short(row.name)} (AURC {row.cells['aurc'].value:.3f})"
         ax.plot(COVERAGE_GRID, _mean_curve(row, lambda c: c.risk), label=label, **style)
     ax.set(xlabel="coverage", ylabel="error rate", xlim=(0, 1), ylim=(0, None))
-    _legend(ax)
+    legend(ax)
     return figure
 
 
@@ -296,7 +306,7 @@ SCATTER = (
 
 
 def _scatter(family: Family, rows: list[Styled]) -> Figure:
-    figure, (ax,) = _axes(1, 5.8, 3.2)
+    figure, (ax,) = panels(1, 5.8, 3.2)
     for row, style, marker in rows:
         ece, acc = row.cells["ece"], row.cells["acc"]
         ax.errorbar(
@@ -309,10 +319,10 @@ def _scatter(family: Family, rows: list[Styled]) -> Figure:
             linestyle="",
             elinewidth=0.8,
             capsize=2,
-            label=_short(row.name),
+            label=short(row.name),
         )
     ax.set(xlabel="ECE", ylabel="accuracy")
-    _legend(ax)
+    legend(ax)
     return figure
 
 
@@ -330,7 +340,7 @@ DRAWS = (
 
 
 def _draws(family: Family, rows: list[Styled]) -> Figure:
-    figure, axes = _axes(2, 4.4, 3.0)
+    figure, axes = panels(2, 4.4, 3.0)
     for column, (ax, title) in enumerate(zip(axes, ("NLL", "ECE"), strict=True), start=1):
         for row, style, marker in rows:
             curves = [result.curves.draws for result in row.results]
@@ -341,7 +351,7 @@ def _draws(family: Family, rows: list[Styled]) -> Figure:
                 points[:, column],
                 marker=marker,
                 markersize=4,
-                label=_short(row.name),
+                label=short(row.name),
                 **style,
             )
         ax.set(xlabel="draws", ylabel=title)
@@ -352,7 +362,7 @@ def _draws(family: Family, rows: list[Styled]) -> Figure:
             ax.xaxis.set_minor_formatter(lambda value, _: "")
         else:
             ax.xaxis.get_major_locator().set_params(integer=True)
-    _legend(axes[1])
+    legend(axes[1])
     return figure
 
 
@@ -366,7 +376,7 @@ ENTROPY = (
 
 def _entropy(family: Family, rows: list[Styled]) -> Figure:
     rows = [styled for styled in rows if with_source(styled[0])]
-    figure, axes = _axes(len(rows), sharex=True, sharey=True)
+    figure, axes = panels(len(rows), sharex=True, sharey=True)
     for (row, style, _), ax in zip(rows, axes, strict=True):
         results = with_source(row)
         own = np.mean([result.source.entropy for result in results], axis=0)
@@ -375,11 +385,11 @@ def _entropy(family: Family, rows: list[Styled]) -> Figure:
             np.linspace(0, math.log(max(num_classes, 2)), ENTROPY_BINS + 1)
             for num_classes in (results[0].source.num_classes, family.num_classes)
         )
-        ax.stairs(own, source_edges, fill=True, color="0.8", label=_short(family.source))
-        ax.stairs(shifted, edges, color=style["color"], linewidth=1.4, label=_short(family.dataset))
+        ax.stairs(own, source_edges, fill=True, color="0.8", label=short(family.source))
+        ax.stairs(shifted, edges, color=style["color"], linewidth=1.4, label=short(family.dataset))
         auroc = row.cells.get("ood_auroc_entropy")
         told = f"\nAUROC {auroc.value:.3f}" if auroc else ""
-        ax.set_title(f"{_short(row.name)}{told}")
+        ax.set_title(f"{short(row.name)}{told}")
         ax.set(xlabel="entropy (nats)")
     axes[0].set_ylabel("share of examples")
     axes[0].legend(frameon=False)
@@ -401,7 +411,7 @@ SETS = (
 
 
 def _sets(families: list[Family], asked: Asked, places: dict[str, int]) -> Figure:
-    figure, axes = _axes(len(families), 3.4, 3.0, sharex=True, sharey=True)
+    figure, axes = panels(len(families), 3.4, 3.0, sharex=True, sharey=True)
     low, high = min(asked.coverages), max(asked.coverages)
     margin = max(0.03, 0.1 * (high - low))
     ends = max(0.0, low - margin), min(1.0, high + margin)
@@ -427,14 +437,14 @@ def _sets(families: list[Family], asked: Asked, places: dict[str, int]) -> Figur
                 linewidth=1,
                 elinewidth=0.8,
                 capsize=2,
-                label=_short(row.name),
+                label=short(row.name),
                 **colours,
             )
         told = PROMISED if all(map(is_promised, rows)) else NO_GUARANTEE
-        ax.set_title(f"{_short(family.dataset)}\n{told}")
+        ax.set_title(f"{short(family.dataset)}\n{told}")
         ax.set(xlabel="coverage asked for")
     axes[0].set(xlim=ends, ylim=(None, 1.01), ylabel="coverage reached")
-    _legend(axes[-1], axes)
+    legend(axes[-1], axes)
     return figure
 
 
@@ -446,7 +456,7 @@ TRAINING = (
 
 
 def _training(having: list[tuple[list[dict], str, dict, str]]) -> Figure:
-    figure, (ax,) = _axes(1, 6.6, 3.2)
+    figure, (ax,) = panels(1, 6.6, 3.2)
     for runs, name, style, marker in having:
         steps, nll = _mean_of(run["train"] for run in runs)
         if len(steps):
@@ -454,12 +464,12 @@ def _training(having: list[tuple[list[dict], str, dict, str]]) -> Figure:
             ends = convolve(np.ones_like(nll), np.ones(width), "same")
             smooth = convolve(nll, np.ones(width), "same") / ends
             shown = slice(None, None, max(1, len(steps) // MOST_POINTS))
-            ax.plot(steps[shown], smooth[shown], label=_short(name), linewidth=1.3, **style)
+            ax.plot(steps[shown], smooth[shown], label=short(name), linewidth=1.3, **style)
         steps, nll = _mean_of(run["eval"] for run in runs)
         if len(steps):
             ax.plot(steps, nll, marker=marker, linestyle="", color=style["color"], markersize=4)
     ax.set(xlabel="update", ylabel="NLL (nats)", ylim=(0, None))
-    _legend(ax)
+    legend(ax)
     return figure
 
 
@@ -473,11 +483,12 @@ def _mean_of(curves) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array([np.mean(by_step[step]) for step in steps])
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name for a legend."""
     return in_plot(name, LONGEST_LABEL)
 
 
-def _legend(ax: Axes, axes: Iterable[Axes] = ()) -> None:
+def legend(ax: Axes, axes: Iterable[Axes] = ()) -> None:
     """Beside `ax`, as curves lie everywhere in it: of what is drawn there or in any of `axes`."""
     shown = {}
     for each in (*axes, ax):

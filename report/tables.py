@@ -29,6 +29,7 @@ from report.escape import (
 )
 from report.measure import METRICS, TABLES, Metric
 from report.rows import Cell, Family, Report, Row
+from report.shift import find_shifts, shift_tables
 from utils.errors import one_line
 
 SHORT = ("acc", "ece", "nll", "brier")  # of the terminal
@@ -223,10 +224,21 @@ def markdown(report: Report, made: dict[str, str]) -> str:
         if is_decided(family) and (missing := left_out(family)):
             parts.append(in_markdown(missing))
         parts += [f"- {in_markdown(note)}" for note in family.notes]
+    shifts = find_shifts(report.families)
+    parts += ["## Strength of the shift"] if shifts else []
+    for table in (table for shift in shifts for table in shift_tables(shift)):
+        lines = [table.head]
+        for name, cells in table.lines:
+            lines.append([in_markdown(name), *(_without_mark(cell) for cell in cells)])
+        parts += [f"### {table.name}", in_markdown(table.caption), aligned(lines)]
     if report.skipped:
         parts.append("## Left out")
         parts.append("\n".join(f"- {in_markdown(item.line)}" for item in report.skipped))
     return "\n\n".join(parts) + "\n"
+
+
+def _without_mark(cell: Cell | None) -> str:
+    return _plain(cell and cell._replace(mark=""), bold="{}")
 
 
 def _plain_difference(row: Row, key: str, bold: str) -> str:
@@ -284,6 +296,13 @@ def latex(report: Report, made: dict[str, str]) -> str:
             ]
             text = table.caption.replace(INTERVALS, "")
             parts.append(_tex_table([in_latex(h) for h in head], lines, text))
+    for table in (t for shift in find_shifts(report.families) for t in shift_tables(shift)):
+        lines = [
+            [in_latex(name), *(_tex_cell(cell and cell._replace(mark="")) for cell in cells)]
+            for name, cells in table.lines
+        ]
+        text = table.caption.partition(" In brackets")[0]
+        parts.append(_tex_table(table.head, lines, text))
     return "\n\n".join(parts) + "\n"
 
 

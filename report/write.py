@@ -20,6 +20,7 @@ from report.escape import file_stem
 from report.page import page
 from report.plots import FIGURES, draw_family, draw_sets, draw_training
 from report.rows import Family, Report
+from report.shift import draw_shift, find_shifts
 from report.tables import CSV_COLUMNS, comma_separated, latex, markdown
 from utils.errors import RunError, UsageError, quoted
 from utils.records import MOST_BYTES, Record, read_record
@@ -165,7 +166,7 @@ def _make(report: Report, folder: Path, made: dict[str, str], taken: set[str]) -
         for row in family.rows:
             known.setdefault(row.name, len(known))
     plots, training = {}, {}
-    stems, training_stems = set(taken), set(taken)
+    stems, training_stems, shift_stems = set(taken), set(taken), set(taken)
     for position, family in enumerate(report.families):
         source = family.source if family.shifted else ""
         stem = file_stem(stems, family.model, source, family.dataset)
@@ -175,6 +176,11 @@ def _make(report: Report, folder: Path, made: dict[str, str], taken: set[str]) -
         if is_decided(family) and not family.shifted:
             related = [family, *_shifted_from(family, report)]
             plots[position].append(draw_sets(related, asked, own, stem, folder))
+    shifts = []
+    for shift in find_shifts(report.families):
+        one = shift.first
+        stem = file_stem(shift_stems, one.model, shift.source, shift.dataset)
+        shifts.append((shift, draw_shift(shift, places[one.model, one.source], stem, folder)))
     for position, curves in enumerate(report.training):
         stem = file_stem(training_stems, curves.model, curves.source)
         plot = draw_training(curves, places[curves.model, curves.source], stem, folder)
@@ -184,7 +190,7 @@ def _make(report: Report, folder: Path, made: dict[str, str], taken: set[str]) -
         "tables.md": markdown(report, made),
         "tables.tex": latex(report, made),
         "tables.csv": comma_separated(report),
-        "report.html": page(report, plots, training, made),
+        "report.html": page(report, plots, training, made, shifts),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
