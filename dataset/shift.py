@@ -136,9 +136,8 @@ def _noisy_word(word: str, rate: float, numbers: random.Random) -> str:
         error, kind, which = errors[place]
         if error >= 2 * rate:
             continue
-        if kind < 0.5:
-            keys = NEIGHBOURS.get(letters[place], letters[place])
+        if kind >= 0.5:
+            letters[place] = letters[place] if place == stays else ""
+        elif keys := NEIGHBOURS.get(letters[place]):
             letters[place] = keys[int(which * len(keys))]
-        elif place != stays:
-            letters[place] = ""
     return "".join(letters)
