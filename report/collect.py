@@ -32,6 +32,7 @@ from report.runs import (
 )
 from report.significance import (
     Difference,
+    holm,
     mean_over_seeds,
     paired_difference,
     resample,
@@ -353,6 +354,7 @@ def _family(
     baseline = rows[0]
     for row in rows:
         _fill_cells(row, baseline)
+    correct_differences(rows)
     mark_best(rows, options)
     trained = {
         row.name: {seed_text(result.run.training_seeds) for result in row.results} for row in rows
@@ -427,6 +429,16 @@ def _difference(row: Row, other: Row, key: str) -> Difference | None:
     if any(key not in result.values for result in other.results):
         return None
     return paired_difference(*zip(_by_seed(row, key), _by_seed(other, key), strict=True))
+
+
+def correct_differences(rows: list[Row]) -> None:
+    """Holm's correction of each metric's differences from the baseline, over the rows."""
+    for key in METRICS:
+        having = [row for row in rows if key in row.cells and row.cells[key].difference is not None]
+        corrected = holm([row.cells[key].difference.p for row in having])
+        for row, p in zip(having, corrected, strict=True):
+            cell = row.cells[key]
+            row.cells[key] = cell._replace(difference=cell.difference._replace(p_holm=float(p)))
 
 
 def mark_best(rows: list[Row], options: Options) -> None:

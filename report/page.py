@@ -233,10 +233,11 @@ def _differences(position: int, family: Family, text: str) -> str:
                 continue
             found = cell.difference
             shown = signed(found.value)
-            if found.significant:
+            if found.holds:
                 shown = f"<strong>{shown}</strong>"
             cells.append(
-                f'<td data-value="{found.value:.9g}" title="{found.num_common} seed(s) in common">'
+                f'<td data-value="{found.value:.9g}" title="{found.num_common} seed(s) in common, '
+                f'p {found.p:.3g}, with Holm {found.p_holm:.3g}">'
                 f"{shown}<small>{bracket(found.low, found.high)}</small></td>"
             )
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -325,12 +326,14 @@ biased upwards by noise, the more the fewer examples there are and the less conf
 two calibrated models can differ. “ECE if calibrated” is the mean ECE of labels drawn from the row's
 own probabilities; the other errors' are in their tooltips and in tables.csv. The bias lies between
 0 and this. So the interval of a difference of such errors spans two: around the difference as it
-is, and around the one with what calibrated models would have taken off. It is significant (bold, or
-no †) only if both exclude 0. ACC, NLL and the Brier score have no such bias.
+is, and around the one with what calibrated models would have taken off. It is significant only if
+both exclude 0. ACC, NLL and the Brier score have no such bias.
 
 Limits: with one seed an interval holds the noise of the test examples only; with two the t quantile
 is 12.7, so little is significant. The interval of a single calibration error lies around the value
-with its bias. Nothing is corrected for the number of comparisons.
+with its bias. Intervals, and the marks * and † that follow from them, are not corrected for the
+number of comparisons. Bold differences are: at 5 % over all rows of the table, by Holm's method,
+for each metric by itself; p-values are in their tooltips and in tables.csv.
 """
 
 

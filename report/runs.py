@@ -32,7 +32,8 @@ from utils.temperature import HIGHEST, LOWEST
 # that differ in nothing else belong to one row of the tables.
 NOT_SETTINGS = frozenset(
     {
-        *("modelwrapper", "model", "dataset", "testing_set", "limit_eval"),  # of the table itself
+        # of the table itself
+        *("modelwrapper", "model", "dataset", "testing_set", "limit_eval", "limit_ood"),
         *("seed", "seed_data", "seed_sampling"),
         *("log_path", "checkpoint_name", "output_dir", "checkpoint", "save_per_steps", "device"),
         *("tracker", "nowand", "wandb_entity", "wandb_project", "wandb_name"),

@@ -28,6 +28,7 @@ from report.escape import (
     shorten,
 )
 from report.measure import METRICS, TABLES, Metric
+from report.power import power_note
 from report.rows import Cell, Family, Report, Row
 from utils.errors import one_line
 
@@ -90,8 +91,10 @@ def difference_caption(family: Family, report: Report) -> str:
     return (
         f"Difference from {family.baseline}: {family.title}. Paired on the same "
         f"{family.num_examples} examples and the seeds in common: {_in_common(family)}. "
-        f"{report.options.resamples} resamples. Bold: the 95 % interval excludes 0."
-    )
+        f"{report.options.resamples} resamples. In brackets: 95 % intervals, each by itself. Bold: "
+        f"significant at 5 % by Holm's correction over the {len(family.rows) - 1} rows, for each "
+        f"metric by itself. {power_note(family)}"
+    ).strip()
 
 
 def _in_common(family: Family) -> str:
@@ -228,7 +231,7 @@ def _plain_difference(row: Row, key: str, bold: str) -> str:
         return UNDEFINED
     found = cell.difference
     text = signed(found.value)
-    text = bold.format(text) if found.significant else text
+    text = bold.format(text) if found.holds else text
     return f"{text} {bracket(found.low, found.high)}".strip()
 
 
@@ -314,6 +317,7 @@ CSV_COLUMNS = (
     *("model", "trained_on", "dataset", "split", "method", "metric", "value", "low", "high"),
     *("std_over_seeds", "if_calibrated", "mark", "baseline"),
     *("difference", "difference_low", "difference_high", "n_common_seeds"),
+    *("p", "p_holm", "difference_std_error"),
     *(
         "n_examples",
         "n_draws",
@@ -340,13 +344,13 @@ def comma_separated(report: Report) -> str:
         for row in family.rows:
             for key, cell in row.cells.items():
                 numbers = (cell.value, cell.low, cell.high, cell.spread, cell.floor or math.nan)
-                difference = cell.difference or (math.nan,) * 4
+                difference = cell.difference or (math.nan,) * 7
                 compared = (cell.mark, in_csv(family.baseline), *map(_exact, difference))
                 counted = len(row.results)
                 writer.writerow(_csv_line(report, family, row, key, numbers, compared, counted))
             for key, figure, mark in measured(row, report.options.asked):
                 numbers = (*figure[:4], math.nan)
-                compared = (mark, *[""] * 5)
+                compared = (mark, *[""] * 8)
                 own, counted = row.calibrated, figure.num_seeds
                 writer.writerow(_csv_line(report, family, own, key, numbers, compared, counted))
     return out.getvalue()
