@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 
+from report import cost
 from report.decided_tables import PROMISE, Entry, Table, decided_tables, is_decided, left_out
 from report.escape import LONGEST_TEXT, in_html, shorten
 from report.measure import METRICS, TABLES, Metric
@@ -159,6 +160,7 @@ def _family(position: int, family: Family, report: Report, plots: list[Plot]) ->
     if len(family.rows) > 1:
         parts.append(f"<h3>Difference from {in_html(family.baseline)}</h3>")
         parts.append(_differences(position, family, difference_caption(family, report)))
+    parts.append(f"<h3>Cost</h3>{_costs(position, family)}")
     parts += [_decided_table(position, table) for table in decided_tables(family, report)]
     if is_decided(family) and (missing := left_out(family)):
         parts.append(f'<p class="note">{in_html(missing)}</p>')
@@ -242,6 +244,16 @@ def _differences(position: int, family: Family, text: str) -> str:
             )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return _sortable(head, lines, text)
+
+
+def _costs(position: int, family: Family) -> str:
+    lines = []
+    for i, row in enumerate(family.rows):
+        texts = zip(cost.cells(row), cost.exact_cells(row), strict=True)
+        cells = (f'<td data-value="{in_html(exact)}">{in_html(text)}</td>' for text, exact in texts)
+        lines.append(f"<tr>{_method(position, i, row)}{''.join(cells)}</tr>")
+    head = [("method", ""), *((title, "") for title in cost.HEAD[1:])]
+    return _sortable(head, lines, cost.caption(family))
 
 
 def _decided_table(position: int, table: Table) -> str:

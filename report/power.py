@@ -68,9 +68,8 @@ def power_note(family: Family) -> str:
         texts.append(f"of {delta} with probability {one:.2f} ({first:.2f})")
     least = ", ".join(f"{median(key, detectable):.3f} in {METRICS[key].title}" for key in KEYS)
     return (
-        f"Power at this size, by the median row: a true difference in ECE {' and '.join(texts)} is "
-        f"found by one test at 5 % (at Holm's first step); four times out of five one test finds "
-        f"{least}."
+        f"Power at this size, by the median row: one test at 5 % (Holm's first step) finds a true "
+        f"difference in ECE {', '.join(texts)}; four times out of five one test finds {least}."
     )
 
 

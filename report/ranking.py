@@ -248,7 +248,7 @@ def markdown(
         "is too good by what choosing gains. Seconds: of one run's training and evaluation; MiB: "
         "the peak of its process."
     )
-    lines = [[in_markdown(cell) for cell in line] for line in lines_of(ranked, by)]
+    lines = [[in_markdown(name), *numbers] for name, *numbers in lines_of(ranked, by)]
     parts = [f"# Sweep by {METRICS[by].title}", f"Made by {in_markdown(command)}."]
     parts += [caption, aligned(lines)]
     if failed:

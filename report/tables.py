@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 
+from report import cost
 from report.decided_tables import (
     INTERVALS,
     SHORT_HEAD,
@@ -143,10 +144,11 @@ def terminal(report: Report) -> str:
     """Accuracy, ECE, NLL and Brier score of every row, `best` as **, `tied` as †."""
     blocks = []
     for family in report.families:
-        head = ["method", "seeds", "draws", *(METRICS[key].title for key in SHORT)]
+        head = ["method", "seeds", "draws", *(METRICS[key].title for key in SHORT), *cost.SHORT]
         lines = [head] + [
             [one_line(row.name), str(len(row.results)), row.num_draws]
             + [_plain(row.cells.get(key), bold="{}*") for key in SHORT]
+            + cost.short_cells(row)
             for row in family.rows
         ]
         title = one_line(family.title)
@@ -210,6 +212,8 @@ def markdown(report: Report, made: dict[str, str]) -> str:
                     lines.append([in_markdown(row.name), *cells])
             parts.append(f"### Difference from {in_markdown(family.baseline)}")
             parts += [in_markdown(difference_caption(family, report)), aligned(lines)]
+        lines = [[*cost.HEAD], *([in_markdown(row.name), *cost.cells(row)] for row in family.rows)]
+        parts += ["### Cost", in_markdown(cost.caption(family)), aligned(lines)]
         for table in decided_tables(family, report):
             lines = [["method", *(column.title for column in table.columns)]]
             for line in table.lines:
@@ -271,6 +275,8 @@ def latex(report: Report, made: dict[str, str]) -> str:
             parts.append(
                 _tex_table([in_latex(h) for h in head], lines, difference_caption(family, report))
             )
+        lines = [[*map(in_latex, (row.name, *cost.cells(row)))] for row in family.rows]
+        parts.append(_tex_table([*map(in_latex, cost.HEAD)], lines, cost.caption(family)))
         for table in decided_tables(family, report):
             head = ["method", *(column.title for column in table.columns)]
             lines = [
@@ -324,6 +330,9 @@ CSV_COLUMNS = (
         "mean_draws",
         "n_seeds",
         "seeds",
+        "training_seconds",
+        "evaluation_seconds",
+        "peak_memory_bytes",
         "num_bins",
         "resamples",
         "commits",
@@ -376,6 +385,7 @@ def _csv_line(
         *(family.num_examples, row.num_draws, _exact(row.mean_draws)),
         num_seeds,
         in_csv(" ".join(row.seeds)),
+        *cost.exact_cells(row),
         *(report.options.num_bins, report.options.resamples),
         *(in_csv(" ".join(commits)), in_csv(" ".join(runs))),
     ]

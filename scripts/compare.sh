@@ -148,7 +148,7 @@ trained blob blob "lr=1e-3,2e-3 bayes-kllr=0.005,0.02" --lora-layers "$LAYERS" -
 if wanted blob-mean; then
     for seed in $SEEDS; do
         run blob-mean blob "$seed" --load-lora-path "$(folder blob blob "$seed")" \
-            --bayes-inference-notsample
+            --bayes-inference-notsample "${DRAWN[@]}"
     done
 fi
 post_hoc tfb tfb "$TOLERANCES" map --bayes-beta 0.1 "${DRAWN[@]}"

@@ -1,5 +1,8 @@
 """p-values of differences, Holm's correction and power, against closed forms."""
 
+import csv
+import io
+import json
 import re
 
 import numpy as np
@@ -11,7 +14,8 @@ from report.collect import Options, collect
 from report.power import detectable, holm_factor, power, power_note
 from report.runs import find_runs
 from report.significance import holm, p_value, paired_difference
-from report.tables import comma_separated, markdown
+from report.tables import comma_separated, markdown, terminal
+from utils.files import write_json
 
 MADE = {"command": "report", "commit": "0123abc", "time": "now"}
 NO_SEEDS = np.zeros_like
@@ -106,3 +110,24 @@ def test_only_what_holds_for_all_rows_together_is_bold(reports):
     table = markdown(reports[1], MADE).split("### Difference from map")[1]
     assert re.search(r"\| blob .*\*\*\+", table) and not re.search(r"\| mcdropout .*\*\*", table)
     assert "p_holm" in comma_separated(reports[1]).splitlines()[0]
+
+
+def test_cost_stands_beside_every_row(tmp_path):
+    for seed, seconds in ((1, 10.0), (2, 20.0)):
+        folder = make_run(tmp_path, "map", seed, n=20)
+        file = folder / "metrics.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content |= {"training_seconds": seconds, "peak_memory_bytes": seed * 2**30}
+        content["datasets"]["bbc_headlines"]["seconds"] = 3.0
+        write_json(file, content)
+    report = collect(*find_runs([tmp_path]), Options(resamples=0))
+    assert re.search(r"### Cost\n.*\| map +\| 15.0 +\| 3.0 +\| 2048 ", markdown(report, MADE), re.S)
+    assert re.search(r"\| map .*\| 18 +\| 2048 \|", terminal(report))
+    row = next(csv.DictReader(io.StringIO(comma_separated(report))))
+    assert row["training_seconds"] == "15" and row["peak_memory_bytes"] == str(2**31)
+
+
+def test_a_run_that_does_not_say_what_it_took_has_no_cost(tmp_path):
+    make_run(tmp_path, "map", n=20)
+    report = collect(*find_runs([tmp_path]), Options(resamples=0))
+    assert re.search(r"\| map .*\| – +\| – +\|", terminal(report))
