@@ -9,6 +9,7 @@
     rows.py            what a report holds: results, rows, families
     collect.py         runs -> families of comparable rows
     tables.py          rows -> terminal, Markdown, LaTeX, CSV
+    seeds.py           rows -> for how many seeds one is better
     cost.py            rows -> seconds and memory
     decided_tables.py  the cells of sets and selective answers, for all of these
     plots.py           rows -> PNG and PDF

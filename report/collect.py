@@ -395,15 +395,21 @@ def _family(
     )
 
 
-def _by_seed(row: Row, key: str) -> tuple[dict, dict, dict]:
-    """seed -> value, seed -> replicates, seed -> noise floor.
+def seeds_of(row: Row) -> list[tuple]:
+    """What tells the results of a row apart, in their order, and is the same in other rows.
 
-    The seed of the training is what rows have in common: of the adapter where one was loaded. Where
-    a row has several results of one, the run's own seeds stand beside it.
+    The seeds of the training are what rows have in common: of the adapter where one was loaded.
+    Where a row has several results of one, the run's own seeds stand beside it.
     """
     seeds = [result.run.training_seeds for result in row.results]
     if len(set(seeds)) < len(seeds):
-        seeds = [(result.run.seeds, result.run.training_seeds) for result in row.results]
+        return [(result.run.seeds, result.run.training_seeds) for result in row.results]
+    return seeds
+
+
+def _by_seed(row: Row, key: str) -> tuple[dict, dict, dict]:
+    """seed -> value, seed -> replicates, seed -> noise floor."""
+    seeds = seeds_of(row)
     parts = zip(
         *((r.values[key], r.replicates[key], r.floors.get(key, 0.0)) for r in row.results),
         strict=True,

@@ -85,36 +85,36 @@ folder() { # METHOD NAME SEED: of a run
     echo "$RUNS/$1/$model/bbc_headlines/$2-seed$3"
 }
 
+call() { # FILE FLAGS...: of Python; prints it with DRY_RUN
+    if [[ -n "${DRY_RUN:-}" ]]; then
+        printf '%q ' python "$@"
+        echo
+    else
+        "$PYTHON_BIN" "$@"
+    fi
+}
+
 choose() { # NAME METHOD GRID FLAGS...: BEST is what the held-out rows prefer
     local name="$1" grid=() value best words
     for value in $3; do grid+=(--grid "$value"); done
-    words=("${COMMON[@]}" --modelwrapper "$2" "${@:4}")
+    words=(--out "$OUT/search/$name" "${grid[@]}" --resume
+        -- "${COMMON[@]}" --modelwrapper "$2" "${@:4}")
     echo "== search: $name"
+    call scripts/sweep.py "${words[@]}"
     if [[ -n "${DRY_RUN:-}" ]]; then
-        "$PYTHON_BIN" scripts/sweep.py --out "$OUT/search/$name" "${grid[@]}" --dry-run -- "${words[@]}"
         BEST=()
-        for value in $3; do
-            value="${value%%,*}"
-            BEST+=("--$value")
-        done
+        for value in $3; do BEST+=("--${value%%,*}"); done
         return
     fi
-    "$PYTHON_BIN" scripts/sweep.py --out "$OUT/search/$name" "${grid[@]}" --resume -- "${words[@]}"
     # what the file says counts only where it is one of the candidates above
     best="$("$PYTHON_BIN" scripts/sweep.py --best "$OUT/search/$name" "${grid[@]}")"
     mapfile -t BEST <<< "$best"
 }
 
 run() { # NAME METHOD SEED FLAGS...
-    local command=("$PYTHON_BIN" main.py "${COMMON[@]}" "${TEST[@]}" --modelwrapper "$2" --seed "$3"
-        --log-path "$1-seed$3" "${@:4}")
     echo "== $1, seed $3"
-    if [[ -n "${DRY_RUN:-}" ]]; then
-        printf '%q ' "${command[@]}"
-        echo
-    else
-        "${command[@]}"
-    fi
+    call main.py "${COMMON[@]}" "${TEST[@]}" --modelwrapper "$2" --seed "$3" \
+        --log-path "$1-seed$3" "${@:4}"
 }
 
 trained() { # NAME METHOD GRID FLAGS...: a method that trains
