@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import topic_rows, write_jsonl
+from conftest import ROOT, topic_rows, write_jsonl
 from safetensors import safe_open
 
 import main
@@ -276,6 +276,18 @@ def test_a_list_says_settings_and_nothing_else(line, tmp_path):
     file.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(UsageError, match="--list"):
         list(sweep.listed(file))
+
+
+def test_the_calls_in_the_docs_are_right_ones():
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    calls = [
+        sweep.parse_args(shlex.split(line)[2:])
+        for line in text.splitlines()
+        if line.startswith("python scripts/sweep.py")
+    ]
+    (whole, words), (best, _) = calls
+    assert len(sweep.plan(whole, words, sweep.candidates_of(whole))) == 12
+    assert sweep.candidates_of(best) == sweep.candidates_of(whole)
 
 
 # --- what comes of it -----------------------------------------------------------------------------
