@@ -244,8 +244,9 @@ def markdown(
     caption = (
         f"{num_rows} rows held out of training; the test rows were not looked at. SE: standard "
         "errors, over rows and over seeds. To the best: the paired difference with its 95 % "
-        "interval over rows and seeds, not corrected for the number of candidates. The best score "
-        "is too good by what choosing gains. Seconds: of one run's training and evaluation; MiB: "
+        "interval over rows and seeds (with one seed, over rows only), not corrected for the "
+        "number of candidates. The best score is too good by what choosing gains. Seconds: of one "
+        "run's training and evaluation; MiB: "
         "the peak of its process."
     )
     lines = [[in_markdown(name), *numbers] for name, *numbers in lines_of(ranked, by)]
