@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dataset.shots import check_shots
 from dataset.tables import check_tables
 from dataset.tasks import CLASSIFICATION_TASKS, MULTIPLE_CHOICE_TASKS, check_shifted
+from utils.errors import UsageError
 from utils.registry import LazyTable
 
 if TYPE_CHECKING:
@@ -44,8 +45,13 @@ def check_data_sets(args) -> None:
 
     Raises:
         UsageError: one is unknown, its record breaks a rule, two have one name, one has no rows
-            for --num-shots, or a table lacks a column.
+            for --num-shots, a table lacks a column, or --limit-ood has nothing to limit.
     """
+    if args.limit_ood is not None and not args.ood_datasets:
+        raise UsageError(
+            f"--limit-ood {args.limit_ood} is about --ood-datasets, of which there are none; drop "
+            "it, or pass --limit-eval."
+        )
     check_shifted(args, _TASKS[args.dataset_type])
     check_shots(args, _TASKS[args.dataset_type])
     check_tables(args)

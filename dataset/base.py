@@ -331,7 +331,9 @@ class DatasetBase(ABC):
     def test_rows(self) -> list[Example]:
         if self.eval_split == "train":
             return self.held_out_rows[: self.args.limit_eval or None]
-        return self._whole_batches(self._examples(self.eval_split, self.args.limit_eval))
+        limit = self.args.limit_ood if self.is_shifted else None
+        limit = self.args.limit_eval if limit is None else limit
+        return self._whole_batches(self._examples(self.eval_split, limit))
 
     @cached_property
     def anchor_rows(self) -> list[Example]:

@@ -32,6 +32,7 @@ from report.runs import (
 )
 from report.significance import (
     Difference,
+    holm,
     mean_over_seeds,
     paired_difference,
     resample,
@@ -361,6 +362,7 @@ def _family(
     baseline = rows[0]
     for row in rows:
         _fill_cells(row, baseline)
+    correct_differences(rows)
     mark_best(rows, options)
     trained = {
         row.name: {seed_text(result.run.training_seeds) for result in row.results} for row in rows
@@ -403,15 +405,21 @@ def _family(
     )
 
 
-def _by_seed(row: Row, key: str) -> tuple[dict, dict, dict]:
-    """seed -> value, seed -> replicates, seed -> noise floor.
+def seeds_of(row: Row) -> list[tuple]:
+    """What tells the results of a row apart, in their order, and is the same in other rows.
 
-    The seed of the training is what rows have in common: of the adapter where one was loaded. Where
-    a row has several results of one, the run's own seeds stand beside it.
+    The seeds of the training are what rows have in common: of the adapter where one was loaded.
+    Where a row has several results of one, the run's own seeds stand beside it.
     """
     seeds = [result.run.training_seeds for result in row.results]
     if len(set(seeds)) < len(seeds):
-        seeds = [(result.run.seeds, result.run.training_seeds) for result in row.results]
+        return [(result.run.seeds, result.run.training_seeds) for result in row.results]
+    return seeds
+
+
+def _by_seed(row: Row, key: str) -> tuple[dict, dict, dict]:
+    """seed -> value, seed -> replicates, seed -> noise floor."""
+    seeds = seeds_of(row)
     parts = zip(
         *((r.values[key], r.replicates[key], r.floors.get(key, 0.0)) for r in row.results),
         strict=True,
@@ -437,6 +445,16 @@ def _difference(row: Row, other: Row, key: str) -> Difference | None:
     if any(key not in result.values for result in other.results):
         return None
     return paired_difference(*zip(_by_seed(row, key), _by_seed(other, key), strict=True))
+
+
+def correct_differences(rows: list[Row]) -> None:
+    """Holm's correction of each metric's differences from the baseline, over the rows."""
+    for key in METRICS:
+        having = [row for row in rows if key in row.cells and row.cells[key].difference is not None]
+        corrected = holm([row.cells[key].difference.p for row in having])
+        for row, p in zip(having, corrected, strict=True):
+            cell = row.cells[key]
+            row.cells[key] = cell._replace(difference=cell.difference._replace(p_holm=float(p)))
 
 
 def mark_best(rows: list[Row], options: Options) -> None:

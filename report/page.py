@@ -6,6 +6,7 @@ import base64
 import math
 from collections.abc import Sequence
 
+from report import cost
 from report.decided_tables import PROMISE, Entry, Table, decided_tables, is_decided, left_out
 from report.escape import LONGEST_TEXT, in_html, shorten
 from report.measure import METRICS, TABLES, Metric
@@ -165,6 +166,7 @@ def _family(position: int, family: Family, report: Report, plots: list[Plot]) ->
     if has_differences(family):
         parts.append(f"<h3>Difference from {in_html(family.baseline)}</h3>")
         parts.append(_differences(position, family, difference_caption(family, report)))
+    parts.append(f"<h3>Cost</h3>{_costs(position, family)}")
     parts += [_decided_table(position, table) for table in decided_tables(family, report)]
     if is_decided(family) and (missing := left_out(family)):
         parts.append(f'<p class="note">{in_html(missing)}</p>')
@@ -264,14 +266,25 @@ def _differences(position: int, family: Family, text: str) -> str:
                 continue
             found = cell.difference
             shown = signed(found.value)
-            if found.significant:
+            if found.holds:
                 shown = f"<strong>{shown}</strong>"
             cells.append(
-                f'<td data-value="{found.value:.9g}" title="{found.num_common} seed(s) in common">'
+                f'<td data-value="{found.value:.9g}" title="{found.num_common} seed(s) in common, '
+                f'p {found.p:.3g}, with Holm {found.p_holm:.3g}">'
                 f"{shown}<small>{bracket(found.low, found.high)}</small></td>"
             )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return _sortable(head, lines, text)
+
+
+def _costs(position: int, family: Family) -> str:
+    lines = []
+    for i, row in enumerate(family.rows):
+        texts = zip(cost.cells(row), cost.exact_cells(row), strict=True)
+        cells = (f'<td data-value="{in_html(exact)}">{in_html(text)}</td>' for text, exact in texts)
+        lines.append(f"<tr>{_method(position, i, row)}{''.join(cells)}</tr>")
+    head = [("method", ""), *((title, "") for title in cost.HEAD[1:])]
+    return _sortable(head, lines, cost.caption(family))
 
 
 def _decided_table(position: int, table: Table) -> str:
@@ -356,12 +369,14 @@ biased upwards by noise, the more the fewer examples there are and the less conf
 two calibrated models can differ. “ECE if calibrated” is the mean ECE of labels drawn from the row's
 own probabilities; the other errors' are in their tooltips and in tables.csv. The bias lies between
 0 and this. So the interval of a difference of such errors spans two: around the difference as it
-is, and around the one with what calibrated models would have taken off. It is significant (bold, or
-no †) only if both exclude 0. ACC, NLL and the Brier score have no such bias.
+is, and around the one with what calibrated models would have taken off. It is significant only if
+both exclude 0. ACC, NLL and the Brier score have no such bias.
 
 Limits: with one seed an interval holds the noise of the test examples only; with two the t quantile
 is 12.7, so little is significant. The interval of a single calibration error lies around the value
-with its bias. Nothing is corrected for the number of comparisons.
+with its bias. Intervals, and the marks * and † that follow from them, are not corrected for the
+number of comparisons. Bold differences are: at 5 % over all rows of the table, by Holm's method,
+for each metric by itself; p-values are in their tooltips and in tables.csv.
 """
 
 

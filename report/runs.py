@@ -33,7 +33,8 @@ from utils.temperature import HIGHEST, LOWEST
 # that differ in nothing else belong to one row of the tables.
 NOT_SETTINGS = frozenset(
     {
-        *("modelwrapper", "model", "dataset", "testing_set", "limit_eval"),  # of the table itself
+        # of the table itself
+        *("modelwrapper", "model", "dataset", "testing_set", "limit_eval", "limit_ood"),
         *("seed", "seed_data", "seed_sampling"),
         *("log_path", "checkpoint_name", "output_dir", "checkpoint", "save_per_steps", "device"),
         *("tracker", "nowand", "wandb_entity", "wandb_project", "wandb_name"),
@@ -116,6 +117,8 @@ class Run:
         posterior: tells posteriors apart.
         calibration: predictions of rows that were neither trained nor tuned on, if the run has kept
             them or says that it did; what else it says is that of the run's own data set.
+        training_seconds: of this run; of a method on a trained adapter, without training that.
+        peak_memory: bytes, of the run's process or GPU. Both are None in files that do not say it.
     """
 
     folder: Path
@@ -130,6 +133,8 @@ class Run:
     updates: int | None
     evaluations: list[Evaluation] = field(default_factory=list)
     calibration: Evaluation | None = None
+    training_seconds: float | None = None
+    peak_memory: int | None = None
 
     @property
     def training_seeds(self) -> Seeds:
@@ -266,6 +271,8 @@ def _read_run(folder: Path) -> Run:
         posterior=f"{method} {posterior.seeds} {posterior.adapter_seeds} {settings_key(settings)}",
         started=provenance["started"],
         updates=metrics.updates,
+        training_seconds=metrics.training_seconds,
+        peak_memory=metrics.peak_memory_bytes,
     )
     for name, block in metrics.datasets.items():
         temperature = block.temperature_scaled and block.temperature_scaled.temperature

@@ -19,17 +19,23 @@ the noise) and the row's noise floor (calibrated; `report.uncertainty.noise_floo
 for a model that is more confident. So the interval of a difference is the hull of two: around the
 difference as it is, and around the one with the floors taken off. It excludes 0 only if both do.
 
+**Many comparisons.** The p-value of a difference is the lowest level at which its interval excludes
+0, and no lower than 2 / (R + 1) for R resamples. Of the differences between a table's rows and its
+baseline, those of one metric are one family, whose p-values `holm` corrects (Holm 1979): if no row
+differed, one would be found in at most 5 % of the cases. Intervals themselves are not corrected.
+
 **What intervals do not say.** With one seed they hold the noise of the test examples only. The
-interval of a single calibration error lies around the value with its bias. Nothing is corrected for
-the number of comparisons.
+interval of a single calibration error lies around the value with its bias. `report.power` says how
+large a difference has to be to be found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import t
 
 from utils.seeding import mix_seed
@@ -67,19 +73,28 @@ def resample(sizes: dict[int, int], resamples: int, seed: int) -> Iterator[list[
         ]
 
 
-def deviations(replicates: np.ndarray) -> np.ndarray:
-    """(low, high) of resampled values around their mean; NaN if fewer than half are defined."""
+def deviations(replicates: np.ndarray, tails: ArrayLike = TAIL) -> np.ndarray:
+    """(low, high) of resampled values around their mean; NaN if fewer than half are defined.
+
+    Args:
+        replicates: resampled values, (R,).
+        tails: the share beyond each side, a number or (L,).
+    Returns:
+        (2,) or (2, L)
+    """
+    tails = np.asarray(tails, dtype=float)
     defined = replicates[np.isfinite(replicates)]
     if not len(defined) or 2 * len(defined) < len(replicates):
-        return np.full(2, np.nan)
-    return np.quantile(defined - defined.mean(), [TAIL, 1 - TAIL])
+        return np.full((2, *tails.shape), np.nan)
+    return np.quantile(defined - defined.mean(), np.stack([tails, 1 - tails]))
 
 
-def seed_deviation(values: list[float]) -> float:
+def seed_deviation(values: Sequence[float], tails: ArrayLike = TAIL) -> np.ndarray:
     """Half of the t interval of a mean over seeds; 0 for one seed, of which nothing is known."""
     if len(values) < 2:
-        return 0.0
-    return float(t.ppf(1 - TAIL, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+        return np.zeros(np.shape(tails))
+    quantile = t.ppf(1 - np.asarray(tails), len(values) - 1)
+    return quantile * np.std(values, ddof=1) / len(values) ** 0.5
 
 
 def interval(
@@ -116,17 +131,28 @@ class Difference(NamedTuple):
     Attributes:
         num_common: seeds that both sides have, of which alone it is then taken; 0: of each side's
             own.
+        p: the lowest level at which the interval excludes 0; NaN without resamples.
+        p_holm: the same, corrected for the rows of the table.
+        error: its standard error, over examples and seeds.
     """
 
     value: float
     low: float
     high: float
     num_common: int
+    p: float = np.nan
+    p_holm: float = np.nan
+    error: float = np.nan
 
     @property
     def significant(self) -> bool:
         """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether that is so at 5 % for all rows of the table together."""
+        return self.p_holm <= 2 * TAIL
 
 
 def paired_difference(
@@ -150,9 +176,76 @@ def paired_difference(
         return own - other
 
     if common:
-        of_seeds = seed_deviation([values[0][seed] - values[1][seed] for seed in common])
+        paired = [[values[0][seed] - values[1][seed] for seed in common]]
     else:
-        of_seeds = np.hypot(*(seed_deviation(list(side.values())) for side in values))
-    difference, floor = float(mean(values)), float(mean(floors))
-    low, high = interval(difference, mean(replicates), of_seeds)
-    return Difference(difference, low - max(floor, 0), high - min(floor, 0), len(common))
+        paired = [list(side.values()) for side in values]
+
+    def of_seeds(tails: ArrayLike = TAIL) -> np.ndarray:
+        return np.hypot.reduce([seed_deviation(side, tails) for side in paired])
+
+    difference, floor, replicated = float(mean(values)), float(mean(floors)), mean(replicates)
+    low, high = interval(difference, replicated, of_seeds())
+    return Difference(
+        difference,
+        low - max(floor, 0),
+        high - min(floor, 0),
+        len(common),
+        p=p_value(difference, floor, replicated, of_seeds),
+        error=_standard_error(replicated, paired),
+    )
+
+
+def _standard_error(replicates: np.ndarray, of_seeds: Sequence[Sequence[float]]) -> float:
+    """Of a difference of means over seeds: over the examples and over the seeds of each side."""
+    defined = replicates[np.isfinite(replicates)]
+    if not len(defined):
+        return np.nan
+    spread = [np.var(side, ddof=1) / len(side) for side in of_seeds if len(side) > 1]
+    return float((np.var(defined) + sum(spread)) ** 0.5)
+
+
+def p_value(
+    difference: float,
+    floor: float,
+    replicates: np.ndarray,
+    of_seeds: Callable[[np.ndarray], np.ndarray],
+) -> float:
+    """The lowest level at which the interval of `paired_difference` excludes 0.
+
+    Args:
+        difference: the estimate.
+        floor: what it would be between calibrated models.
+        replicates: on resampled examples, (R,).
+        of_seeds: tails -> half of the interval over seeds.
+    Returns:
+        one of some 200 levels between 2 / (R + 1) and 1; NaN if fewer than half of the replicates
+        are defined.
+    """
+    number = int(np.isfinite(replicates).sum())
+    if not number or 2 * number < len(replicates):
+        return np.nan
+    ends = sorted((difference, difference - floor))
+    if ends[0] <= 0 <= ends[1]:
+        return 1.0
+    side = 0 if ends[0] > 0 else 1  # the end of the hull that is nearer to 0
+    lowest = min(2 / (number + 1), 2 * TAIL)
+    levels = np.sort(np.append(np.geomspace(lowest, 1, 200), 2 * TAIL))
+    widths = np.hypot(deviations(replicates, levels / 2)[side], of_seeds(levels / 2))
+    excluding = levels[abs(ends[side]) > widths]
+    return float(excluding[0]) if len(excluding) else 1.0
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    r"""p-values of one family, corrected: $\min(1, \max_{j \le i} (m - j + 1)\, p_{(j)})$.
+
+    Args:
+        p_values: of m comparisons; NaN for those that are none.
+    Returns:
+        as many, in the same order: below 0.05 are those that hold together at 5 %.
+    """
+    values = np.asarray(p_values, dtype=float)
+    corrected = np.full(len(values), np.nan)
+    order = np.argsort(values)[: np.isfinite(values).sum()]  # NaN comes last
+    steps = values[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 
+from report import cost
 from report.decided_tables import (
     INTERVALS,
     SHORT_HEAD,
@@ -28,6 +29,7 @@ from report.escape import (
     shorten,
 )
 from report.measure import METRICS, TABLES, Metric
+from report.power import power_note
 from report.rows import Cell, Family, Report, Row
 from report.shift import find_shifts, shift_tables
 from utils.errors import one_line
@@ -97,8 +99,10 @@ def difference_caption(family: Family, report: Report) -> str:
     return (
         f"Difference from {family.baseline}: {family.title}. Paired on the same "
         f"{family.num_examples} examples and the seeds in common: {_in_common(family)}. "
-        f"{report.options.resamples} resamples. Bold: the 95 % interval excludes 0."
-    )
+        f"{report.options.resamples} resamples. In brackets: 95 % intervals, each by itself. Bold: "
+        f"significant at 5 % by Holm's correction over the {len(family.rows) - 1} rows, for each "
+        f"metric by itself. {power_note(family)}"
+    ).strip()
 
 
 def _in_common(family: Family) -> str:
@@ -148,10 +152,11 @@ def terminal(report: Report) -> str:
     blocks = []
     for family in report.families:
         short = SHORT if family.labelled else SHORT_UNLABELLED
-        head = ["method", "seeds", "draws", *(METRICS[key].title for key in short)]
+        head = ["method", "seeds", "draws", *(METRICS[key].title for key in short), *cost.SHORT]
         lines = [head] + [
             [one_line(row.name), str(len(row.results)), row.num_draws]
             + [_plain(row.cells.get(key), bold="{}*") for key in short]
+            + cost.short_cells(row)
             for row in family.rows
         ]
         title = one_line(family.title)
@@ -215,6 +220,8 @@ def markdown(report: Report, made: dict[str, str]) -> str:
                     lines.append([in_markdown(row.name), *cells])
             parts.append(f"### Difference from {in_markdown(family.baseline)}")
             parts += [in_markdown(difference_caption(family, report)), aligned(lines)]
+        lines = [[*cost.HEAD], *([in_markdown(row.name), *cost.cells(row)] for row in family.rows)]
+        parts += ["### Cost", in_markdown(cost.caption(family)), aligned(lines)]
         for table in decided_tables(family, report):
             lines = [["method", *(column.title for column in table.columns)]]
             for line in table.lines:
@@ -247,7 +254,7 @@ def _plain_difference(row: Row, key: str, bold: str) -> str:
         return UNDEFINED
     found = cell.difference
     text = signed(found.value)
-    text = bold.format(text) if found.significant else text
+    text = bold.format(text) if found.holds else text
     return f"{text} {bracket(found.low, found.high)}".strip()
 
 
@@ -287,6 +294,8 @@ def latex(report: Report, made: dict[str, str]) -> str:
             parts.append(
                 _tex_table([in_latex(h) for h in head], lines, difference_caption(family, report))
             )
+        lines = [[*map(in_latex, (row.name, *cost.cells(row)))] for row in family.rows]
+        parts.append(_tex_table([*map(in_latex, cost.HEAD)], lines, cost.caption(family)))
         for table in decided_tables(family, report):
             head = ["method", *(column.title for column in table.columns)]
             lines = [
@@ -340,12 +349,16 @@ CSV_COLUMNS = (
     *("model", "trained_on", "dataset", "split", "method", "metric", "value", "low", "high"),
     *("std_over_seeds", "if_calibrated", "mark", "baseline"),
     *("difference", "difference_low", "difference_high", "n_common_seeds"),
+    *("p", "p_holm", "difference_std_error"),
     *(
         "n_examples",
         "n_draws",
         "mean_draws",
         "n_seeds",
         "seeds",
+        "training_seconds",
+        "evaluation_seconds",
+        "peak_memory_bytes",
         "num_bins",
         "resamples",
         "commits",
@@ -366,13 +379,13 @@ def comma_separated(report: Report) -> str:
         for row in family.rows:
             for key, cell in row.cells.items():
                 numbers = (cell.value, cell.low, cell.high, cell.spread, cell.floor or math.nan)
-                difference = cell.difference or (math.nan,) * 4
+                difference = cell.difference or (math.nan,) * 7
                 compared = (cell.mark, in_csv(family.baseline), *map(_exact, difference))
                 counted = len(row.results)
                 writer.writerow(_csv_line(report, family, row, key, numbers, compared, counted))
             for key, figure, mark in measured(row, report.options.asked):
                 numbers = (*figure[:4], math.nan)
-                compared = (mark, *[""] * 5)
+                compared = (mark, *[""] * 8)
                 own, counted = row.calibrated, figure.num_seeds
                 writer.writerow(_csv_line(report, family, own, key, numbers, compared, counted))
     return out.getvalue()
@@ -398,6 +411,7 @@ def _csv_line(
         *(family.num_examples, row.num_draws, _exact(row.mean_draws)),
         num_seeds,
         in_csv(" ".join(row.seeds)),
+        *cost.exact_cells(row),
         *(report.options.num_bins, report.options.resamples),
         *(in_csv(" ".join(commits)), in_csv(" ".join(runs))),
     ]

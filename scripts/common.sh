@@ -3,14 +3,17 @@
 # environment to override:
 #   MODEL           hub id, local folder or embedded alias
 #   DATASETS SEEDS  lists separated by spaces
-#   NUM_PROCESSES   processes of one run (default: the GPUs of CUDA_VISIBLE_DEVICES, else all, at least 1)
+#   NUM_PROCESSES   processes of one run, on as many GPUs (1)
 #   LAUNCH_CONFIG   accelerate's, for several processes (configs/accelerate/ddp.yaml); fsdp.yaml needs
 #                   QUANTIZATION=none
 #   QUANTIZATION    none, 8bit or 4bit        DATA_DIR   folder of folders with local rows
-#   STEPS           optimizer updates         OUTPUT_DIR where the runs are kept (checkpoints)
+#   STEPS           batches of one process's size that a run sees (5000); OUTPUT_DIR where runs are kept
 #   EXTRA           further flags for every run
 #   DRY_RUN=1       print the commands only
 # A finished run is skipped, an interrupted one is resumed.
+# The published loop counts batches before they are shared out, so that k processes make STEPS / k updates
+# of k batches each: 2,500 of 8 rows in its Llama runs on two GPUs, 1,250 of 128 in its RoBERTa runs on
+# four. So it is here: NUM_PROCESSES changes the size of an update, not how many rows a run sees.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
@@ -18,16 +21,16 @@ cd "$ROOT"
 PYTHON_BIN="${PYTHON_BIN:-$PYTHON_DEFAULT}"
 SEEDS="${SEEDS:-1 2 3}"
 STEPS="${STEPS:-5000}"
-gpus() {
-    if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-        tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES"
-    else
-        nvidia-smi --list-gpus 2>/dev/null || true
-    fi | grep -c . || true
-}
-NUM_PROCESSES="${NUM_PROCESSES:-$(gpus)}"
+NUM_PROCESSES="${NUM_PROCESSES:-1}"
 LAUNCH_CONFIG="${LAUNCH_CONFIG:-configs/accelerate/ddp.yaml}"
-((NUM_PROCESSES > 0)) || NUM_PROCESSES=1
+[[ "$NUM_PROCESSES" =~ ^[1-9][0-9]{0,3}$ ]] || {
+    echo "NUM_PROCESSES is '$NUM_PROCESSES'; it must be a number of processes, such as 2" >&2
+    exit 2
+}
+
+updates() { # of NUM_PROCESSES batches each, for STEPS batches in all
+    echo $(((STEPS + NUM_PROCESSES - 1) / NUM_PROCESSES))
+}
 
 # folder METHOD DATASET NAME: where main.py keeps that run; a local model stands under its last name.
 folder() {
@@ -61,7 +64,7 @@ llama_settings() {
     DATA=(--dataset-type mcdataset --max-seq-len 300)
     COMMON=("${DATA[@]}" --model-type causallm --apply-classhead-lora --lora-r 8 --lora-alpha 16
         --lr 1e-4 --batch-size 4 --warmup-ratio 0.06
-        --max-train-steps "$STEPS" --eval-per-steps 0 --checkpoint)
+        --max-train-steps "$(updates)" --eval-per-steps 0 --checkpoint)
 }
 
 roberta_settings() {
@@ -70,7 +73,7 @@ roberta_settings() {
     DATA=(--dataset-type bertds --max-seq-len 256)
     COMMON=("${DATA[@]}" --model-type seqcls --apply-classhead-lora --lora-r 8 --lora-alpha 8
         --lr 5e-4 --batch-size 32 --warmup-ratio 0.06
-        --max-train-steps "$STEPS" --eval-per-steps 0 --checkpoint)
+        --max-train-steps "$(updates)" --eval-per-steps 0 --checkpoint)
 }
 
 LLAMA_DATASETS="winogrande_s ARC-Challenge ARC-Easy winogrande_m obqa boolq"

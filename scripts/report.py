@@ -22,9 +22,10 @@ from report.collect import Options, collect
 from report.decided import Asked
 from report.escape import shorten
 from report.runs import find_runs
+from report.seeds import seeds_table
 from report.tables import terminal
 from report.write import check_writable, write
-from utils.args import Args, Parser, above, count, positive_int, seed
+from utils.args import Args, Parser, above, add_switch, count, positive_int, seed
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError, one_line, quoted
 from utils.logging import writable
@@ -51,6 +52,11 @@ def parse_args(argv: list[str]) -> Args:
     parser.add_argument("--num-bins", type=positive_int, default=15, help="bins of the ECE")
     parser.add_argument("--bootstrap", type=count, default=1000, help="resamples; 0: no intervals")
     parser.add_argument("--seed", type=seed, default=0, help="of the resamples")
+    add_switch(
+        parser,
+        "--by-seed",
+        help="also print for how many seeds each row is better than the baseline",
+    )
     share, asked = above(0, 1), Asked()
     sets = parser.add_argument_group("sets and selective answers (runs with --calibrate)")
     sets.add_argument(
@@ -137,6 +143,8 @@ def main(argv: list[str]) -> None:
     }
     file = write(report, args.out, made)
     _say(terminal(report))
+    if args.by_seed:
+        _say(f"\n{seeds_table(report)}")
     _say(f"\nReport: {one_line(str(file))} (tables.md, tables.tex, tables.csv and plots beside it)")
 
 

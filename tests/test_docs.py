@@ -211,7 +211,7 @@ def test_every_flag_that_is_mentioned_exists(capsys):
     known = set(FOREIGN)
     for name in WRAPPERS:
         known |= set(build_parser(get_wrapper(name).add_arguments)._option_string_actions)
-    for script in ("report", "predict", "active_learning"):
+    for script in ("report", "predict", "active_learning", "sweep"):
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))["parse_args"](["--help"])
     known |= set(FLAG.findall(capsys.readouterr().out))

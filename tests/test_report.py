@@ -686,11 +686,15 @@ def test_a_paired_difference_cancels_what_both_sides_share():
     first, second = hard + rng.normal(0, 0.1, 500), hard + 0.05 + rng.normal(0, 0.1, 500)
     values = {1: first.mean()}, {1: second.mean()}
     replicates = {1: replicates_of(first)}, {1: replicates_of(second)}
-    difference, low, high, common = paired_difference(values, replicates, ({1: 0}, {1: 0}))
+    difference, low, high, common, p, _, error = paired_difference(
+        values, replicates, ({1: 0}, {1: 0})
+    )
     assert common == 1
     half = norm.ppf(0.975) * (first - second).std() / 500**0.5
     assert (low, high) == pytest.approx((difference - half, difference + half), abs=0.002)
     assert high < 0, "unpaired the two could not be told apart"
+    assert error == pytest.approx((first - second).std() / 500**0.5, rel=0.05)
+    assert p == pytest.approx(2 / (len(replicates[0][1]) + 1)), "no lower than resamples can tell"
 
 
 def test_a_difference_is_taken_on_the_seeds_that_both_sides_have():
@@ -698,7 +702,7 @@ def test_a_difference_is_taken_on_the_seeds_that_both_sides_have():
     replicates = [{seed: rng.normal(size=50) for seed in seeds} for seeds in ((1, 2), (2, 3))]
     values = {1: 9.0, 2: 3.0}, {2: 1.0, 3: 0.0}
     floors = tuple(dict.fromkeys(side, 0.0) for side in ((1, 2, 4), (2, 3)))
-    difference, low, high, common = paired_difference(values, tuple(replicates), floors)
+    difference, low, high, common, *_ = paired_difference(values, tuple(replicates), floors)
     shift = replicates[0][2] - replicates[1][2]
     assert difference == 2.0 and common == 1
     assert (low, high) == pytest.approx(interval(2.0, shift))

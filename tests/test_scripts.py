@@ -59,7 +59,21 @@ def test_no_script_takes_another_ones_run_for_its_own():
             assert commands.setdefault(folder, command) == command, script
 
 
-def test_the_gpus_that_are_visible_are_counted():
+@pytest.mark.parametrize(
+    ("name", "processes", "updates", "rows"),
+    [
+        *(("map-llama-all", "1", 5000, 4), ("map-llama-all", "2", 2500, 8)),
+        *(("map-roberta-all", "4", 1250, 128), ("blob-roberta-all", "3", 1667, 96)),
+    ],
+)
+def test_more_processes_make_larger_updates_not_more_rows(name, processes, updates, rows):
+    script = ROOT / f"scripts/{name.split('-')[0]}/{name}.sh"
+    args = main.parse_args(dry_run(script, SEEDS="1", NUM_PROCESSES=processes)[0])
+    assert args.max_train_steps == updates
+    assert args.batch_size * int(processes) == rows
+
+
+def test_a_run_has_one_process_however_many_gpus_there_are():
     result = subprocess.run(
         ["bash", str(ROOT / "scripts/map/map-llama-all.sh")],
         env=os.environ | {"DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": "3,5"},
@@ -67,7 +81,18 @@ def test_the_gpus_that_are_visible_are_counted():
         text=True,
         check=True,
     )
-    assert "--config_file configs/accelerate/ddp.yaml --num_processes 2 main.py" in result.stdout
+    assert "accelerate" not in result.stdout and "main.py" in result.stdout
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two", "1 2"])
+def test_a_number_of_processes_that_is_none_is_refused(number):
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts/map/map-llama-all.sh")],
+        env=os.environ | {"DRY_RUN": "1", "NUM_PROCESSES": number},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "NUM_PROCESSES is" in result.stderr
 
 
 def test_a_task_from_a_users_file_gives_its_name_to_the_run():

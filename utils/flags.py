@@ -338,6 +338,11 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--limit-eval", type=count, default=0, help="first evaluated rows only; 0: all"
     )
+    data.add_argument(
+        "--limit-ood",
+        type=count,
+        help="first rows only of each of --ood-datasets (default: as --limit-eval)",
+    )
     add_switch(
         data,
         "--hold-out",

@@ -1,0 +1,133 @@
+"""p-values of differences, Holm's correction and power, against closed forms."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_report import make_run
+
+from report.collect import Options, collect
+from report.power import detectable, holm_factor, power, power_note
+from report.runs import find_runs
+from report.significance import holm, p_value, paired_difference
+from report.tables import comma_separated, markdown, terminal
+from utils.files import write_json
+
+MADE = {"command": "report", "commit": "0123abc", "time": "now"}
+NO_SEEDS = np.zeros_like
+
+
+def test_a_p_value_is_that_of_the_normal_test_where_the_replicates_are_normal():
+    replicates = stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+    for difference in (0.5, -1.0, 1.96, -2.5):
+        expected = 2 * stats.norm.sf(abs(difference))
+        assert p_value(difference, 0.0, replicates, NO_SEEDS) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_p_value_is_that_of_students_test_where_all_noise_is_of_seeds():
+    values, zeros = [0.3, 0.5, 0.1, 0.4], dict.fromkeys(range(4), 0.0)
+    still = dict.fromkeys(range(4), np.zeros(50_000))
+    found = paired_difference((dict(enumerate(values)), zeros), (still, still), (zeros, zeros))
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=0.06)
+    assert found.error == pytest.approx(stats.sem(values))
+
+
+def test_a_p_value_is_below_5_percent_exactly_where_the_interval_excludes_0():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        values = dict(enumerate(rng.normal(0.8, 1, 3)))
+        replicates = {s: rng.normal(size=100) for s in values}
+        other = dict.fromkeys(values, 0.0)
+        floors = {s: rng.uniform(0, 0.3) for s in values}
+        found = paired_difference(
+            (values, other), (replicates, dict.fromkeys(values, np.zeros(100))), (floors, other)
+        )
+        assert (found.p <= 0.05) == found.significant
+
+
+def test_without_resamples_nothing_is_known():
+    assert np.isnan(p_value(1.0, 0.0, np.empty(0), NO_SEEDS))
+
+
+def test_holm_multiplies_the_lowest_by_all_and_the_others_by_what_is_left():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, np.nan, 0.9]) == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
+    assert len(holm([])) == 0
+
+
+def test_by_holm_one_is_found_in_at_most_5_percent_of_the_families_where_none_differs():
+    rng = np.random.default_rng(1)
+    found = [(holm(rng.uniform(size=12)) <= 0.05).any() for _ in range(2000)]
+    assert 0.03 < np.mean(found) < 0.065
+
+
+def test_power_is_how_often_a_true_difference_is_found():
+    rng = np.random.default_rng(2)
+    error, half = 0.03, 0.07
+    for delta in (0.0, 0.05, 0.1):
+        found = np.abs(rng.normal(delta, error, 100_000)) > half
+        assert power(delta, half, error) == pytest.approx(found.mean(), abs=0.005)
+    assert power(detectable(half, error), half, error) == pytest.approx(0.8, abs=1e-3)
+    assert power(0, stats.norm.isf(0.025), 1) == pytest.approx(0.05)
+    assert power(0, stats.norm.isf(0.025) * holm_factor(10), 1) == pytest.approx(0.005)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """With 50 and with 400 examples; mcdropout is like map, blob is far worse."""
+    found = []
+    for n in (50, 400):
+        root = tmp_path_factory.mktemp("runs")
+        for seed in (1, 2, 3):
+            make_run(root, "map", seed, n=n)
+            make_run(root, "mcdropout", seed, n=n, noise=0.31)
+            make_run(root, "blob", seed, n=n, noise=6.0)
+        found.append(collect(*find_runs([root]), Options(resamples=150)))
+    return found
+
+
+def test_what_a_table_says_of_its_power_grows_with_the_examples(reports):
+    shares = []
+    for report in reports:
+        text = power_note(report.families[0])
+        shares.append(
+            [float(x) for x in re.findall(r"probability (\d\.\d\d) \((\d\.\d\d)\)", text)[1]]
+        )
+        assert text in " ".join(markdown(report, MADE).replace("\n", " ").split())
+    (few, few_holm), (many, many_holm) = shares
+    assert few < many and few_holm < few and many_holm < many
+
+
+def test_only_what_holds_for_all_rows_together_is_bold(reports):
+    family = reports[1].families[0]
+    cells = {row.name: row.cells["nll"].difference for row in family.rows[1:]}
+    assert cells["blob"].holds and cells["blob"].p_holm == pytest.approx(2 * cells["blob"].p)
+    assert not cells["mcdropout"].holds
+    table = markdown(reports[1], MADE).split("### Difference from map")[1]
+    assert re.search(r"\| blob .*\*\*\+", table) and not re.search(r"\| mcdropout .*\*\*", table)
+    assert "p_holm" in comma_separated(reports[1]).splitlines()[0]
+
+
+def test_cost_stands_beside_every_row(tmp_path):
+    for seed, seconds in ((1, 10.0), (2, 20.0)):
+        folder = make_run(tmp_path, "map", seed, n=20)
+        file = folder / "metrics.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content |= {"training_seconds": seconds, "peak_memory_bytes": seed * 2**30}
+        content["datasets"]["bbc_headlines"]["seconds"] = 3.0
+        write_json(file, content)
+    report = collect(*find_runs([tmp_path]), Options(resamples=0))
+    assert re.search(r"### Cost\n.*\| map +\| 15.0 +\| 3.0 +\| 2048 ", markdown(report, MADE), re.S)
+    assert re.search(r"\| map .*\| 18 +\| 2048 \|", terminal(report))
+    row = next(csv.DictReader(io.StringIO(comma_separated(report))))
+    assert row["training_seconds"] == "15" and row["peak_memory_bytes"] == str(2**31)
+
+
+def test_a_run_that_does_not_say_what_it_took_has_no_cost(tmp_path):
+    make_run(tmp_path, "map", n=20)
+    report = collect(*find_runs([tmp_path]), Options(resamples=0))
+    assert re.search(r"\| map .*\| – +\| – +\|", terminal(report))
