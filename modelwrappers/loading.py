@@ -16,6 +16,7 @@ from modelwrappers.engine.posterior import (
     SETTLING_FLAGS,
     PosteriorRecord,
     Saved,
+    has_seen_held_out,
     is_tuned,
     load_posterior_of,
     read_posterior_record,
@@ -32,6 +33,7 @@ from utils.hub import adapter_folder
 from utils.logging import logger
 from utils.registry import names_code
 from utils.run_paths import data_set_name
+from utils.table_task import same_data_set
 
 
 def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None) -> WrapperBase:
@@ -64,8 +66,25 @@ def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None
                 f"{saved.folder} was chosen by held-out rows, so they cannot calibrate it any "
                 "more; pass --calibrate in the run that chooses it."
             )
+        _check_unseen(saved, args)
     wrapper.settle()
     return wrapper
+
+
+def _check_unseen(saved: Saved, args) -> None:
+    """Rows that an adapter was compared with others on are no calibration rows, of any method.
+
+    Raises:
+        UsageError: they would be.
+    """
+    if args.calibrate == "no" or saved.record is None or not has_seen_held_out(saved.record):
+        return
+    if same_data_set(args.dataset, args.adapter_dataset):
+        raise UsageError(
+            f"--calibrate {args.calibrate}: the adapter in {saved.folder} was evaluated on its "
+            "held-out rows (--testing-set train_val), and if it was chosen by them, they promise "
+            "too much; calibrate an adapter whose run was evaluated on other rows."
+        )
 
 
 def _is_by(record: PosteriorRecord | None, wrapper_class: type[WrapperBase]) -> bool:
