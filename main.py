@@ -11,7 +11,6 @@ The path below is the whole program: flags, data, model and method, training and
 from __future__ import annotations
 
 import gc
-import os
 import platform
 import signal
 import socket
@@ -37,6 +36,7 @@ from utils.logging import (
     quiet_libraries,
     setup_logging,
 )
+from utils.processes import on_main_process, process_number
 from utils.program import run_program
 from utils.run_paths import run_folder_path
 from utils.run_records import LOG_FILE, METRICS_FILE, read_metrics_record, stored_flags
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> Metrics:
         RunError: the run failed.
         Interrupted: by SIGINT or SIGTERM.
     """
-    setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
+    setup_logging(is_main_process=process_number() == 0)
     args = parse_args(argv, check_early=check_names)
     check_names(args)  # a method in a file has no early flags, and any may have changed them
     name_process(args)
@@ -253,23 +253,6 @@ def build_accelerator(args: Args) -> Accelerator:
     if shards_base(accelerator):  # before any data are read
         check_sharding(args)
     return accelerator
-
-
-def on_main_process(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
-    """What `decide` returns or raises on the main process, on all of them."""
-    answer: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            answer = [decide()]
-        except (UsageError, RunError) as error:
-            answer = [error]
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(answer)
-    if isinstance(answer[0], UsageError | RunError):
-        raise answer[0]
-    return answer[0]
 
 
 def kept_metrics(folder: RunFolder, args: Args) -> Metrics:

@@ -16,6 +16,7 @@ from modelwrappers.engine.posterior import (
     SETTLING_FLAGS,
     PosteriorRecord,
     Saved,
+    has_seen_held_out,
     is_tuned,
     load_posterior_of,
     read_posterior_record,
@@ -27,7 +28,7 @@ from modelwrappers.lora.sharding import check_sharding, shards_base
 from modelwrappers.wrapperbase import WrapperBase
 from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.args import settings_of
-from utils.data_set_names import data_set_name
+from utils.data_set_names import data_set_name, same_data_set
 from utils.errors import UsageError, quoted
 from utils.hub import adapter_folder
 from utils.logging import logger
@@ -64,8 +65,25 @@ def build_wrapper(args, num_labels: int, accelerator, saved: Saved | None = None
                 f"{saved.folder} was chosen by held-out rows, so they cannot calibrate it any "
                 "more; pass --calibrate in the run that chooses it."
             )
+        _check_unseen(saved, args)
     wrapper.settle()
     return wrapper
+
+
+def _check_unseen(saved: Saved, args) -> None:
+    """Rows that an adapter was compared with others on are no calibration rows, of any method.
+
+    Raises:
+        UsageError: they would be.
+    """
+    if args.calibrate == "no" or saved.record is None or not has_seen_held_out(saved.record):
+        return
+    if same_data_set(args.dataset, args.adapter_dataset):
+        raise UsageError(
+            f"--calibrate {args.calibrate}: the adapter in {saved.folder} was evaluated on its "
+            "held-out rows (--testing-set train_val), and if it was chosen by them, they promise "
+            "too much; calibrate an adapter whose run was evaluated on other rows."
+        )
 
 
 def _is_by(record: PosteriorRecord | None, wrapper_class: type[WrapperBase]) -> bool:

@@ -117,6 +117,7 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
         self.fitted_temperature: float | None = None  # by this run, or by the loaded posterior's
         self.temperature: float | None = None  # what `predict` divides the logits by
         self.is_tuned = type(self).tunes_on_held_out(args)
+        self.held_out_seen = args.testing_set == "train_val"  # by whoever chooses among runs
         self.begin_without_rows()
         # layers of the base model that its checkpoint has no weights for; None: that is not known
         self.new_layers: frozenset[str] | None = None

@@ -51,6 +51,7 @@ from utils.logging import (
     writable,
 )
 from utils.parser import folded, meant_flag
+from utils.processes import process_number
 from utils.program import run_program
 from utils.round_log import Plan, Round, RoundLog, Split
 from utils.row_output import check_place
@@ -400,7 +401,7 @@ def write(base: Args, log: RoundLog, out: Path, made: dict[str, Any]) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
-    setup_logging(is_main_process=os.environ.get("RANK", "0") == "0")
+    setup_logging(is_main_process=process_number() == 0)
     argv = sys.argv[1:] if argv is None else argv
     told = "Interrupted; run the same command with --resume to go on."
     with interrupts.handled():

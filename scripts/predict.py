@@ -41,6 +41,7 @@ from utils.args import Args, Parser, above, add_switch, count, positive_int, see
 from utils.errors import UsageError, described, quoted
 from utils.interrupts import interrupts
 from utils.logging import logger, quiet_libraries, setup_logging
+from utils.processes import on_main_process, process_number
 from utils.program import run_program
 
 if TYPE_CHECKING:
@@ -370,40 +371,44 @@ def answer_file(path: Path, out: Path, args: Args) -> None:
 
     posterior = load(args)
     job = Job(posterior, args)
-    is_main = posterior.accelerator.is_main_process
     rows = read_through(posterior, path, args)
     job.check_rows(rows.usable)
     output = RowOutput(out, args.out_format, job_name(posterior, rows, args))
+
+    def begin() -> int:
+        output.open(args.resume, args.overwrite)
+        return output.done
+
+    def finish() -> None:
+        job.tell(output.records())
+        chosen = job.chosen(output) if args.acquire is not None else None
+        output.finish(None if chosen is None else lambda: chosen)
+        logger.info("%d rows: %s", args.acquire or rows.number, quoted(args.out))
+
     try:
-        if is_main:
-            output.open(args.resume, args.overwrite)
-        fill(output, job, rows, args)
-        if is_main:
-            job.tell(output.records())
-            chosen = job.chosen(output) if args.acquire is not None else None
-            output.finish(None if chosen is None else lambda: chosen)
-            logger.info("%d rows: %s", args.acquire or rows.number, quoted(args.out))
+        start = on_main_process(posterior.accelerator, begin)
+        fill(output, job, rows, args, start)
+        on_main_process(posterior.accelerator, finish)
     finally:
         output.close()
 
 
-def fill(output: RowOutput, job: Job, rows: Rows, args: Args) -> None:
-    """Answer the rows that are not in the output yet, window by window."""
+def fill(output: RowOutput, job: Job, rows: Rows, args: Args, start: int) -> None:
+    """Answer the rows from `start` on, which are not in the output yet, window by window."""
     from tqdm import tqdm
 
     posterior = job.posterior
-    is_main = posterior.accelerator.is_main_process
-    start = first_row(posterior, output)
+    accelerator = posterior.accelerator
     window: list[tuple[dict, dict | None, str | None]] = []
-    with tqdm(total=rows.number, initial=start, unit="row", disable=not is_main) as bar:
+    hidden = not accelerator.is_main_process
+    with tqdm(total=rows.number, initial=start, unit="row", disable=hidden) as bar:
 
         def answer_window() -> None:
             nonlocal start
             records = job.records_of(window, start)
             start += len(window)
-            if is_main:
-                output.append(records, len(window))
-                bar.update(len(window))
+            on_main_process(accelerator, lambda: output.append(records, len(window)))
+            bar.update(len(window))
             window.clear()
 
         for item in examples_of(posterior, rows.path, args, start):
@@ -443,16 +448,6 @@ def load(args: Args) -> WrapperBase:
     return posterior
 
 
-def first_row(posterior: WrapperBase, output) -> int:
-    """How many rows are done already, as the main process knows it."""
-    from accelerate.utils import broadcast_object_list
-
-    done = [output.done]
-    if posterior.accelerator.num_processes > 1:
-        broadcast_object_list(done)
-    return done[0]
-
-
 def job_name(posterior: WrapperBase, rows: Rows, args: Args) -> str:
     """What an interrupted job must have in common with this one to be gone on with."""
     flags = posterior.args.as_dict()
@@ -484,7 +479,7 @@ def digest_of(path: Path) -> str:
 
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
-    setup_logging(os.environ.get("RANK", "0") == "0", terminal=sys.stderr)
+    setup_logging(process_number() == 0, terminal=sys.stderr)
     argv = sys.argv[1:] if argv is None else argv
     told = "Interrupted; with --out FILE, --resume goes on (not with batchbald)."
     with interrupts.handled():

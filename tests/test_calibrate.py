@@ -64,6 +64,27 @@ def test_sets_of_new_rows_are_made_by_the_calibration_rows(flags):
     assert kept == {"rows": 40, "n_draws": 0, "temperature": None, "unseen": True}
 
 
+def test_answers_say_what_is_promised_of_them_and_on_what_condition(flags, tmp_path, capsys):
+    """In Python the very sentences that predict.py tells; where nothing is promised, none."""
+    flags = [*flags, *MAP, "--calibrate", "auto"]
+    main.main(flags)
+    write_jsonl(tmp_path / "rows.jsonl", rows(3))
+    call = [str(run_folder(flags)), "--rows", str(tmp_path / "rows.jsonl"), "--coverage", "0.9"]
+    call += ["--out", str(tmp_path / "out.jsonl")]
+    capsys.readouterr()
+    assert predict.run([*call, "--max-risk", "0.9"]) == 0
+    told = capsys.readouterr().err
+    posterior = load_posterior(run_folder(flags), device="cpu")
+    sets = posterior.answer(rows(3), coverage=0.9).guarantee
+    both = posterior.answer(rows(3), coverage=0.9, max_risk=0.9).guarantee
+    assert "with probability 0.9 or more, for rows like the 40 calibration rows" in sets
+    assert both.startswith(f"{sets} Answers where") and "at most 0.9 are wrong" in both
+    assert all(sentence in told.replace("\n", " ") for sentence in both.split(". "))
+    assert posterior.answer(rows(3)).guarantee is None
+    posterior.calibration_facts = posterior.calibration_facts.model_copy(update={"unseen": False})
+    assert posterior.answer(rows(3), coverage=0.9).guarantee.endswith("promise too much.")
+
+
 @pytest.mark.parametrize("score", conformal.SCORES)
 def test_a_file_of_rows_gets_the_sets_and_the_answered_share(score, flags, tmp_path, capsys):
     flags = [*flags, *MAP, "--calibrate", "auto", "--max-train-steps", "30"]
@@ -115,6 +136,20 @@ def test_an_adapter_of_a_run_that_held_rows_out_can_be_calibrated_later(flags, t
     main.main([*again, "--log-path", "again"])
     kept = load_posterior(run_folder([*again, "--log-path", "again"]), device="cpu")
     assert np.array_equal(kept.calibration.predictive, posterior.calibration.predictive)
+
+
+def test_an_adapter_that_its_held_out_rows_may_have_chosen_is_not_calibrated_by_them(flags, capsys):
+    """Nor is what comes of it, by whatever method."""
+    seen = [*flags, *MAP, "--testing-set", "train_val", "--checkpoint"]
+    main.main(seen)
+    copied = [*flags, "--modelwrapper", "map", "--load-lora-path", str(run_folder(seen))]
+    copied += ["--log-path", "copied", "--checkpoint"]
+    main.main(copied)
+    for source in (seen, copied):
+        for method in (["map"], ["blob", "--max-train-steps", "2"]):
+            later = [*flags, "--load-lora-path", str(run_folder(source)), "--calibrate", "auto"]
+            assert main.run([*later, "--log-path", "later", "--modelwrapper", *method]) == 2
+            assert "was evaluated on its held-out rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -253,6 +288,7 @@ def test_draws_that_differ_by_row_are_no_joint_draws(flags, tmp_path, capsys):
         ["--bayes-eval-n-samples-final", "3"],
         ["--bayes-inference-notsample"],
         ["--draws-adaptive", "--bayes-eval-n-samples-final", "16"],
+        ["--testing-set", "train_val"],
     ],
     ids=lambda more: more[0],
 )

@@ -11,6 +11,7 @@ from typing import Any
 from utils.errors import RunError, UsageError, one_line
 from utils.interrupts import Interrupted
 from utils.logging import logger
+from utils.processes import is_left_alone, is_told_elsewhere, process_number
 
 
 def run_program(main: Callable[[], Any], interrupted: str | None = None) -> int:
@@ -23,21 +24,32 @@ def run_program(main: Callable[[], Any], interrupted: str | None = None) -> int:
     try:
         main()
     except (UsageError, RunError) as error:
-        logger.error("%s: %s", type(error).__name__, error)
+        _tell(f"{type(error).__name__}: {error}")
         return error.exit_code
     except BrokenPipeError:  # nobody reads the output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else exit tries once more
         return RunError.exit_code
     except (MemoryError, RuntimeError, OSError) as error:  # torch's are RuntimeErrors
-        if (message := exhausted(error)) is None:
+        if is_left_alone(error):
+            _tell("RunError: another process of this run has ended; its message says why.")
+        elif (message := exhausted(error)) is not None:
+            logger.error("RunError: %s", message)
+        else:
             raise
-        logger.error("RunError: %s", message)
         return RunError.exit_code
     except KeyboardInterrupt as error:
         is_told = isinstance(error, Interrupted)
-        logger.error("%s", interrupted or (error if is_told else "Interrupted."))
+        if process_number() == 0:
+            logger.error("%s", interrupted or (error if is_told else "Interrupted."))
         return error.exit_code if is_told else 130
     return 0
+
+
+def _tell(message: str) -> None:
+    """The message, once: of several processes the main one's."""
+    if not is_told_elsewhere():
+        number = process_number()
+        logger.error("%s%s", f"Process {number}: " if number else "", message)
 
 
 def exhausted(error: BaseException) -> str | None:

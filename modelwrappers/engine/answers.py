@@ -25,10 +25,14 @@ from utils.errors import RunError, UsageError
 from utils.logging import logger
 
 if TYPE_CHECKING:
-    from modelwrappers.engine.posterior import CalibrationFacts
+    from modelwrappers.engine.calibration import CalibrationFacts
     from modelwrappers.wrapperbase import WrapperBase
 
 WINDOW = 8192  # rows that are sorted by length together
+PERHAPS_TRAINED_ON = (
+    "The run that calibrated this posterior did not know which rows the adapter was trained on: if "
+    "the calibration rows are among them, sets and risks promise too much."
+)
 
 
 class Reader(Protocol):
@@ -127,6 +131,18 @@ class Answers(NamedTuple):
         return records
 
 
+class AnsweredRows(list[dict[str, Any]]):
+    """The records of rows, and what is promised of their sets and of which of them are answered.
+
+    Attributes:
+        guarantee: in words, with its conditions; None where nothing is promised of these rows.
+    """
+
+    def __init__(self, records: Iterable[dict[str, Any]] = (), guarantee: str | None = None):
+        super().__init__(records)
+        self.guarantee = guarantee
+
+
 # --- from rows to answers -------------------------------------------------------------------------
 
 
@@ -178,16 +194,24 @@ def rules_of(
         )
     facts = wrapper.calibration_facts
     if is_asked and facts is not None and not facts.unseen:
-        logger.warning(
-            "The run that calibrated this posterior did not know which rows the adapter was "
-            "trained on: if the calibration rows are among them, sets and risks promise too much."
-        )
+        logger.warning(PERHAPS_TRAINED_ON)
     if is_asked and facts is not None and facts.n_draws != number:
         raise UsageError(
             "sets and risks are promised for predictions like those of the calibration rows, which "
             f"had {facts.n_draws} draws (0 is the mean); {number} are asked for."
         )
     return wanted.rules(wrapper.calibration, wrapper.answers, wrapper.args.seed_sampling)
+
+
+def guarantee_of(
+    wrapper: WrapperBase, rules: tuple[SetRule | None, AnswerRule | None]
+) -> str | None:
+    """What `rules_of` promises of rows, and on what conditions, in words; None: nothing."""
+    told = [rule.promise() for rule in rules if rule is not None]
+    facts = wrapper.calibration_facts
+    if told and facts is not None and not facts.unseen:
+        told.append(PERHAPS_TRAINED_ON)
+    return " ".join(told) or None
 
 
 # --- the wrapper's part ---------------------------------------------------------------------------
@@ -198,7 +222,7 @@ class RowAnswers:
 
     Attributes:
         calibration: of rows that were neither trained nor tuned on, if there is one.
-        calibration_facts: how those were predicted (`engine.posterior.CalibrationFacts`).
+        calibration_facts: how those were predicted (`engine.calibration.CalibrationFacts`).
         settling: when a row has draws enough, if the loaded posterior's run asked for that.
     """
 
@@ -232,7 +256,7 @@ class RowAnswers:
 
     def answer(
         self, rows: Iterable[dict[str, Any] | str], n_samples: int | None = None, **wanted
-    ) -> list[dict[str, Any]]:
+    ) -> AnsweredRows:
         """The posterior's answers to rows of its task, which need no labels.
 
         Args:
@@ -245,7 +269,8 @@ class RowAnswers:
             a dict per row: `answer`, `probabilities` (of each answer, the mean over draws),
             `entropy`, `expected_entropy`, `mutual_information` (nats), `num_draws`, `set` and
             `answered` if they were asked for, and `label` if the row has one. A fitted temperature
-            is applied.
+            is applied. The list's `guarantee` says what `set` and `answered` are worth, and for
+            which rows.
         Raises:
             UsageError: a row cannot be read (its position is named), or what is asked for cannot
                 be promised.
@@ -258,7 +283,7 @@ class RowAnswers:
         rules = rules_of(self, wishes(wanted), n_samples)
         read = self.reader.example
         examples = [read(row, f"row {i}") | {"index": i} for i, row in enumerate(rows)]
-        records: list[dict[str, Any]] = []
+        records = AnsweredRows(guarantee=guarantee_of(self, rules))
         for start in range(0, len(examples), WINDOW):
             window = examples[start : start + WINDOW]
             answers = Answers.of(predict_window(self, window, n_samples))

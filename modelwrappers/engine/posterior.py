@@ -19,9 +19,13 @@ from peft import LoraConfig
 from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
-from decisions.calibration import Calibration
-from decisions.conformal import MOST_ROWS
 from modelwrappers.engine.adapter_config import read_adapter_config
+from modelwrappers.engine.calibration import (
+    CALIBRATION_FILE,
+    CalibrationFacts,
+    take_calibration,
+    write_calibration,
+)
 from modelwrappers.engine.model_card import model_card
 from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.errors import UsageError, quoted
@@ -34,7 +38,6 @@ from utils.records import (
     Record,
     SolvedExamples,
     as_record,
-    check_tensor,
     read_json,
     read_tensors,
 )
@@ -46,7 +49,6 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_model.safetensors"
 TENSORS_FILE = "posterior.safetensors"  # of `posterior_tensors`, where a method names no other
-CALIBRATION_FILE = "calibration.safetensors"  # predictions of calibration rows
 # of every adapter's folder
 FILES = (ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, TENSORS_FILE, CALIBRATION_FILE)
 FORMAT_VERSION = 1  # of bayes_config.json; keys may be added without another number
@@ -114,22 +116,6 @@ class Evaluation(Record):
     draws_error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
 
 
-class CalibrationFacts(Record):
-    """What a calibration is of: predictions that are made otherwise have no promise.
-
-    Attributes:
-        rows: how many.
-        n_draws: of each row; 0 is the posterior mean.
-        temperature: that they were scaled by.
-        unseen: whether the run knew that the adapter was not trained on these rows.
-    """
-
-    rows: Annotated[int, Field(ge=1, le=MOST_ROWS)]
-    n_draws: Annotated[int, Field(ge=0, le=100_000)]
-    temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
-    unseen: bool = True
-
-
 class Prompt(Record):
     """What a row looks like to the model: the task's example, as text and as tokens.
 
@@ -165,6 +151,8 @@ class PosteriorRecord(Record):
         evaluation: how it drew; None in records of before that was kept.
         temperature: what held-out rows have the logits divided by, if one was fitted.
         tuned: whether a temperature or a prior was chosen by held-out rows.
+        held_out_seen: whether this run, or one that its adapter comes from, was evaluated on its
+            held-out rows (--testing-set train_val): the adapter may have been chosen by them.
         calibration: of the rows in `CALIBRATION_FILE` beside the record; None: there is none.
         metrics: data set -> what the run measured.
         flags: the method's own flags that it needs again, each under its flag's rules.
@@ -195,6 +183,7 @@ class PosteriorRecord(Record):
     evaluation: Evaluation | None = None
     temperature: Annotated[float, Field(gt=1e-3, lt=1e3)] | None = None
     tuned: bool = False
+    held_out_seen: bool = False
     calibration: CalibrationFacts | None = None
     metrics: dict[Name, Scores] = Field(default_factory=dict)
     flags: dict[Name, Any] = Field(default_factory=dict)
@@ -334,6 +323,7 @@ def describe(wrapper: WrapperBase, tensors: Mapping[str, Tensor]) -> PosteriorRe
         evaluation=Evaluation(**{name: getattr(args, name) for name in EVALUATION_FLAGS}),
         temperature=wrapper.fitted_temperature,
         tuned=wrapper.is_tuned,
+        held_out_seen=wrapper.held_out_seen,
         calibration=wrapper.calibration_facts if wrapper.calibration is not None else None,
         metrics={
             name: Scores.model_validate(block)
@@ -359,9 +349,7 @@ def write_posterior(wrapper: WrapperBase, folder: Path) -> None:
     if tensors:
         write_tensors(folder / wrapper.posterior_file, tensors, {})
     if wrapper.calibration is not None:
-        arrays = wrapper.calibration._asdict()
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        write_tensors(folder / CALIBRATION_FILE, tensors, {})
+        write_calibration(wrapper.calibration, folder)
     if extra := wrapper.trained_base_tensors():
         file = folder / ADAPTER_FILE
         write_tensors(file, read_tensors(file, "adapter") | extra, {"format": "pt"})
@@ -415,6 +403,8 @@ def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
         wrapper.is_tuned = wrapper.is_tuned or is_tuned(record)
         take_calibration(wrapper, saved)
     wrapper.take_posterior(saved.folder, record)
+    if saved.record is not None:
+        wrapper.held_out_seen = wrapper.held_out_seen or has_seen_held_out(saved.record)
     wrapper.recorded_answers = saved.record.choices if saved.record is not None else None
 
 
@@ -423,59 +413,11 @@ def is_tuned(record: PosteriorRecord) -> bool:
     return record.tuned or record.temperature is not None
 
 
-def take_calibration(wrapper: WrapperBase, saved: Saved) -> None:
-    """Keep the calibration of a loaded posterior, unless this run changes what it is of.
-
-    Raises:
-        UsageError: its file is missing, or breaks a rule.
-    """
-    calibration = read_calibration(saved)
-    if calibration is None:
-        return
-    facts = saved.record.calibration
-    changed = None
-    if type(wrapper).tunes_on_held_out(wrapper.args):
-        changed = "a temperature or a prior is chosen by held-out rows, which may be its own"
-    elif facts.temperature != wrapper.fitted_temperature:
-        changed = "its temperature is another"
-    elif wrapper.run_folder is not None and wrapper.final_draws() != facts.n_draws:
-        changed = f"it had {facts.n_draws} draws (0 is the mean), this run {wrapper.final_draws()}"
-    elif wrapper.run_folder is not None and wrapper.args.draws_adaptive:
-        changed = "it had a fixed number of draws"
-    if changed is not None:
-        logger.warning("The calibration of %s is not kept: %s.", saved.folder, changed)
-        return
-    wrapper.calibration, wrapper.calibration_facts = calibration, facts
-
-
-def read_calibration(saved: Saved) -> Calibration | None:
-    """What the posterior in a folder keeps of its calibration rows, if anything.
-
-    Raises:
-        UsageError: the file is missing, or breaks a rule.
-    """
-    record = saved.record
-    if record is None or record.calibration is None or record.choices is None:
-        return None
-    file, n = saved.folder / CALIBRATION_FILE, record.calibration.rows
-    num_answers = len(record.choices)
-    tensors = read_tensors(file, "calibration")
-    where = f"calibration: {file}"
-    shapes = {
-        "predictive": ((n, num_answers), ("float64",)),
-        "labels": ((n,), ("int64",)),
-        "mutual_information": ((n,), ("float64",)),
-        "index": ((n,), ("int64",)),
-    }
-    calibration = Calibration(
-        **{
-            name: check_tensor(tensors, name, shape, where, kinds).numpy()
-            for name, (shape, kinds) in shapes.items()
-        }
-    )
-    if (problem := calibration.problem(num_answers)) is not None:
-        raise UsageError(f"{where}: {problem}. Calibrate again, or download the posterior again.")
-    return calibration
+def has_seen_held_out(record: PosteriorRecord) -> bool:
+    """Whether the adapter may have been chosen by its held-out rows, whoever loads it."""
+    # records from before this was kept say what was evaluated last
+    evaluated = {scores.split for scores in record.metrics.values()}
+    return record.held_out_seen or "train_val" in evaluated
 
 
 def give_back(wrapper: WrapperBase, record: PosteriorRecord, file: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from decisions.calibration import Calibration
 from decisions.conformal import MOST_ROWS
 from modelwrappers.engine.answers import Answers
-from modelwrappers.engine.posterior import CalibrationFacts
+from modelwrappers.engine.calibration import CalibrationFacts
 from modelwrappers.engine.prediction import Batch, Predictions
 from modelwrappers.engine.tracking import track
 from utils.data_set_names import data_set_name
