@@ -14,19 +14,24 @@ the adapter, one of two:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from modelwrappers.engine.posterior import PosteriorRecord
-from modelwrappers.lora.prior import MEANS, GaussianPrior
 from modelwrappers.wrapperbase import WrapperBase
 from utils.adapter_base import RECORD_FILE
 from utils.args import above
 from utils.errors import UsageError
 from utils.logging import notice_once
 from utils.records import Count, Positive, Record
+
+# PEFT's own list of what a LoRA layer trains, but DoRA's magnitudes, which are no entries of A or B
+MATRICES = frozenset(LoraLayer.adapter_layer_names) - {"lora_magnitude_vector"}
 
 
 class Prior(Record):
@@ -76,16 +81,16 @@ class MAP(WrapperBase):
         )
         group.add_argument(
             "--prior-mean",
-            choices=MEANS,
+            choices=["zero", "init"],
             help="its mean: the origin, or where training begins (default: init)",
         )
 
     @classmethod
     def check_arguments(cls, args) -> None:
-        if args.prior_precision is None:
-            if args.prior_mean is not None:
+        if _precision(args) is None:
+            if (mean := getattr(args, "prior_mean", None)) is not None:
                 raise UsageError(
-                    f"--prior-mean {args.prior_mean} is part of a Gaussian prior; pass its "
+                    f"--prior-mean {mean} is part of a Gaussian prior; pass its "
                     "--prior-precision, too, or drop it."
                 )
             if args.modelwrapper == "map" and args.opt_wd is None:
@@ -113,7 +118,7 @@ class MAP(WrapperBase):
         """
         super().begin_loop(steps_before)
         args = self.args
-        if args.prior_precision is None:
+        if _precision(args) is None:
             return
         num_rows = self.dataset.num_samples
         self.prior = GaussianPrior(
@@ -142,3 +147,56 @@ class MAP(WrapperBase):
         if record is not None:
             found = self.described(record, f"--load-lora-path: {folder / RECORD_FILE}")
             self.described_prior = found.gaussian_prior
+
+
+def _precision(args) -> float | None:
+    """--prior-precision; a subclass may have flags of its own instead of this method's."""
+    return getattr(args, "prior_precision", None)
+
+
+class GaussianPrior:
+    """The prior's share of the objective, and of its gradient.
+
+    Args:
+        named_parameters: (name, parameter) of all that is trained; A and B are picked out. Biases
+            and the weights of a classification head that is trained whole are outside the prior.
+        precision: lambda.
+        mean: "init": theta_0 is what the parameters are now; "zero": the origin.
+        num_rows: N, the number of training rows.
+    Attributes:
+        parameters: the matrices that the prior is over.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        precision: float,
+        mean: str,
+        num_rows: int,
+    ) -> None:
+        self.parameters = [p for name, p in named_parameters if MATRICES & set(name.split("."))]
+        self.weight = precision / num_rows
+        self._means: list[Tensor] | None = None
+        if mean == "init":
+            self._means = [p.detach().clone() for p in self.parameters]
+
+    def add_gradients(self) -> Tensor:
+        r"""Add $\frac\lambda N (\theta - \theta_0)$ to `.grad`, once an update.
+
+        To be called between the last backward and the optimizer's step: the gradients are those of
+        all batches and processes by then, so the prior counts once however many there are, and the
+        optimizer sees it as it sees the likelihood.
+
+        Returns:
+            the share of the objective, $\frac{\lambda}{2N} |\theta - \theta_0|^2$: a scalar.
+        """
+        with torch.no_grad():
+            away = [p.detach() for p in self.parameters]
+            if self._means is not None:
+                away = torch._foreach_sub(away, self._means)
+            for parameter in self.parameters:
+                if parameter.grad is None:  # a layer that no row of the update went through
+                    parameter.grad = torch.zeros_like(parameter)
+            torch._foreach_add_([p.grad for p in self.parameters], away, alpha=self.weight)
+            squares = torch.stack(torch._foreach_norm(away)).double().square().sum()
+            return self.weight / 2 * squares

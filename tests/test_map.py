@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import main
 from modelwrappers import MAP, load_posterior
-from modelwrappers.lora.prior import GaussianPrior
+from modelwrappers.map import GaussianPrior
 from utils.errors import UsageError
 
 MAP_FLAGS = ["--modelwrapper", "map", "--eval-per-steps", "0", "--limit-eval", "6"]
