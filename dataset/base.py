@@ -340,7 +340,9 @@ class DatasetBase(ABC):
         """--anchor-size rows for post-hoc methods: of the training set, or with train_val_val of
         the validation set. Their order depends on nothing but --seed-split."""
         is_validation = self.args.testing_set == "train_val_val"
-        rows = self._examples("val", 0) if is_validation else self.train_rows
+        return self._anchors_of(self._examples("val", 0) if is_validation else self.train_rows)
+
+    def _anchors_of(self, rows: list[Example]) -> list[Example]:
         order = seeded_order(len(rows), "anchors", self.args.seed_split)
         return [rows[i] for i in order[: self.args.anchor_size]]
 
@@ -444,6 +446,11 @@ class DatasetBase(ABC):
     @cached_property
     def anchor_dataloader(self) -> DataLoader:
         return self.eval_loader(self.anchor_rows)
+
+    @cached_property
+    def held_out_anchor_dataloader(self) -> DataLoader:
+        """As `anchor_dataloader`, of rows that were not trained on."""
+        return self.eval_loader(self._anchors_of(self.tuning_rows))
 
     @cached_property
     def train_eval_dataloader(self) -> DataLoader:

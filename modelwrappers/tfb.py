@@ -6,6 +6,9 @@ B's column space: $B' (\Omega \circ E) = \sigma_q U E$. One scalar $\sigma_q$ se
 whole model: the largest one that leaves the predictions of an anchor set within a tolerance, or
 with `--iter 0` the value of `--bayes-beta`, without a search. The result is an ordinary posterior
 adapter; its draws run on the layer that BLoB's do.
+
+The adapter is a point estimate, or the mean of a Gaussian posterior such as BLoB's, whose own width
+is dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor
 
-from modelwrappers.engine.posterior import PosteriorRecord
+from modelwrappers.engine.posterior import PosteriorRecord, read_posterior_record
 from modelwrappers.lora.stochastic import (
     RHO,
     GaussianPosterior,
@@ -38,7 +41,8 @@ from utils.args import (
 from utils.errors import RunError, UsageError
 from utils.logging import logger, notice_once
 from utils.metrics import negative_log_likelihood, posterior_predictive
-from utils.records import Nonnegative, Positive, Record
+from utils.records import Count, Name, Nonnegative, Positive, Record
+from utils.registry import names_code
 
 SMALLEST_SIGMA = 0.001
 # Flags of BLoB that stand in existing command lines of tfblora.
@@ -59,14 +63,40 @@ class Step(Record):
     accepted: bool
 
 
+class MadeFrom(Record):
+    """The adapter that got the noise.
+
+    Attributes:
+        run: the name of its folder.
+        method: that made it; None where no record says so.
+        taken: all of it, or the mean of a Gaussian posterior.
+    """
+
+    run: Name
+    method: Name | None
+    taken: Literal["point estimate", "posterior mean"]
+
+
 class Description(Record):
-    """TFB's part of bayes_config.json."""
+    """TFB's part of bayes_config.json.
+
+    Attributes:
+        tolerance: --th.
+        search: what was tried, in this order; nothing with --iter 0.
+        search_rule: --tfb-search.
+        anchors, n_anchors: which rows the search looked at, and how many.
+        made_from: None in records of before that was kept.
+    """
 
     parametrisation: Literal["std = lora_A_rho^2"]
     sigma_q: Positive | None
     criterion: Literal["nll", "flips"]
     tolerance: Positive
     search: Annotated[list[Step], Field(max_length=10_000)]
+    search_rule: Literal["within", "published"] = "within"
+    anchors: Literal["train", "validation", "held-out"] | None = None
+    n_anchors: Count | None = None
+    made_from: MadeFrom | None = None
 
 
 class TFB(GaussianPosterior, WrapperBase):
@@ -83,6 +113,11 @@ class TFB(GaussianPosterior, WrapperBase):
         self.sigma: float | None = None
         self.search: list[dict[str, float | bool]] = []
         self.criterion, self.tolerance = self.args.tfb_criterion, self.args.th
+        self.search_rule = self.args.tfb_search
+        self.anchors: str | None = None  # which rows the search looks at
+        self.num_anchors: int | None = None
+        self.made_from: MadeFrom | None = None
+        self._loads_spread = False  # whether the adapter's file has a width of its own
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -108,6 +143,18 @@ class TFB(GaussianPosterior, WrapperBase):
             choices=["nll", "flips"],
             help="what the tolerance bounds: relative change of the NLL, share of changed answers "
             "(default: nll; tfblora_acc flips)",
+        )
+        group.add_argument(
+            "--tfb-search",
+            choices=["within", "published"],
+            help="take the largest sigma tried that keeps the tolerance, or search as the "
+            "published code does (default: within; original published)",
+        )
+        group.add_argument(
+            "--tfb-anchors",
+            choices=["train", "held-out"],
+            help="which rows the search looks at (default: train, or those of --testing-set "
+            "train_val_val)",
         )
         cls.add_draw_arguments(group, "--flipout")  # it trains nothing: there is but one
         for name in ("--bayes-klreweighting", "--bayes-datasetrescaling"):
@@ -136,6 +183,45 @@ class TFB(GaussianPosterior, WrapperBase):
         criterion = "flips" if args.modelwrapper == "tfblora_acc" else "nll"
         args.tfb_criterion = args.tfb_criterion or criterion
         args.th = args.th or {"nll": 0.003, "flips": 0.01}[args.tfb_criterion]
+        if args.tfb_search is None:
+            args.tfb_search = "published" if args.protocol == "original" else "within"
+        cls._check_anchors(args)
+
+    @classmethod
+    def _check_anchors(cls, args) -> None:
+        """Held-out anchors need rows that were held out, and leave those that are evaluated alone.
+
+        Raises:
+            UsageError: another flag says otherwise.
+        """
+        if args.tfb_anchors is None:
+            return
+        flag = f"--tfb-anchors {args.tfb_anchors}"
+        if args.iter == 0:
+            notice_once(f"{flag} has no effect: with --iter 0 no anchor is looked at.")
+            return
+        if args.testing_set == "train_val_val":
+            raise UsageError(
+                f"{flag} and --testing-set train_val_val, which takes the anchors from the "
+                "validation set, contradict; drop one of them."
+            )
+        if args.tfb_anchors == "train":
+            return
+        if args.testing_set == "train_val":
+            raise UsageError(
+                f"{flag} takes the rows that --testing-set train_val evaluates; pass one of them."
+            )
+        if args.hold_out is False:
+            raise UsageError(
+                f"{flag} needs rows that the adapter was not trained on, but --hold-out is false; "
+                "drop that (the adapter's run must have had --hold-out)."
+            )
+        args.hold_out = True
+
+    @classmethod
+    def tunes_on_held_out(cls, args) -> bool:
+        is_searched = args.tfb_anchors == "held-out" and args.iter > 0
+        return is_searched or super().tunes_on_held_out(args)
 
     def method_config(self) -> dict[str, Any]:
         return {
@@ -144,6 +230,10 @@ class TFB(GaussianPosterior, WrapperBase):
             "criterion": self.criterion,
             "tolerance": self.tolerance,
             "search": self.search,
+            "search_rule": self.search_rule,
+            "anchors": self.anchors,
+            "n_anchors": self.num_anchors,
+            "made_from": self.made_from.model_dump() if self.made_from is not None else None,
         }
 
     # --- the method -------------------------------------------------------------------------------
@@ -157,9 +247,14 @@ class TFB(GaussianPosterior, WrapperBase):
         )
         if found is None or found.sigma_q is None:
             reparametrise(self, self.active_adapter)
+            # until a sigma is found: a width that was made for other axes is none for these
+            set_spread(self, self.active_adapter, 0.0)
+            self.made_from = self._source(folder)
             return
         self.sigma, self.search = found.sigma_q, [step.model_dump() for step in found.search]
         self.criterion, self.tolerance = found.criterion, found.tolerance
+        self.search_rule, self.made_from = found.search_rule, found.made_from
+        self.anchors, self.num_anchors = found.anchors, found.n_anchors
         logger.info(
             "TFB: %s has been searched already (sigma_q = %.5f); --th, --iter and other "
             "flags of the search have no effect.",
@@ -168,7 +263,25 @@ class TFB(GaussianPosterior, WrapperBase):
         )
 
     def completed_adapter(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._loads_spread = any(key.endswith(RHO) for key in tensors)
         return spread_tensors(self, self.active_adapter) | tensors
+
+    def _source(self, folder: Path) -> MadeFrom:
+        """What an adapter that gets its noise here is."""
+        method = None
+        if (folder / RECORD_FILE).is_file():
+            method = read_posterior_record(folder, "--load-lora-path").modelwrapper
+            method = method.rpartition(":")[2] if names_code(method) else method  # no path
+        if self._loads_spread:
+            logger.info(
+                "TFB: %s holds a Gaussian posterior%s: its mean is taken, its own width (%s) is "
+                "dropped.",
+                folder,
+                f" of {method}" if method is not None else "",
+                RHO,
+            )
+        taken = "posterior mean" if self._loads_spread else "point estimate"
+        return MadeFrom(run=folder.resolve().name or "?", method=method, taken=taken)
 
     def fit_posterior(self) -> None:
         if self.sigma is not None:
@@ -179,52 +292,95 @@ class TFB(GaussianPosterior, WrapperBase):
             logger.info("TFB: sigma_q = %.5g (--bayes-beta), without a search", self.sigma)
             return
         self.check_own_data()
-        self.sigma = self._largest_sigma(self.dataset.anchor_dataloader)
+        self.sigma = self._searched_sigma(self._anchor_loader())
         logger.info("TFB: sigma_q = %.5f", self.sigma)
 
-    def _largest_sigma(self, anchors: Iterable[Batch]) -> float:
-        """Bisection on [0.001, --bayes-beta]; the largest sigma tried that meets the tolerance.
+    def _anchor_loader(self) -> Iterable[Batch]:
+        if self.args.tfb_anchors == "held-out":
+            self.anchors = "held-out"
+            return self.dataset.held_out_anchor_dataloader
+        self.anchors = "validation" if self.args.testing_set == "train_val_val" else "train"
+        return self.dataset.anchor_dataloader
+
+    def _searched_sigma(self, anchors: Iterable[Batch]) -> float:
+        r"""Bisection on [0.001, --bayes-beta].
+
+        With $c(\sigma)$ the relative change of the anchors' NLL, or the share of changed answers:
+        the largest sigma tried with $c(\sigma) \le th$. The published code takes the smallest
+        one tried with $c(\sigma) > th$, or --bayes-beta, untried, if there is none; and what it
+        holds against th is $c(\sigma) / n$ for the NLL of n anchors, which is $c(\sigma)
+        \le n\, th$.
 
         Raises:
-            RunError: not even the smallest does.
+            RunError: not even the smallest meets the tolerance.
         """
         draws = self.args.bayes_eval_n_samples_final
         mean = posterior_predictive(self.predict(anchors, n_samples=0).log_probs)
         labels = mean.argmax(-1)  # the adapter's own answers: no labels are needed
         reference = negative_log_likelihood(mean, labels)
+        self.num_anchors = len(labels)
+        is_published = self.search_rule == "published"
+        by_anchor = is_published and self.criterion == "nll"
+        limit = self.tolerance * (self.num_anchors if by_anchor else 1)
 
         def meets_tolerance(sigma: float) -> bool:
             set_spread(self, self.active_adapter, sigma)
             log_probs = posterior_predictive(self.predict(anchors, draws).log_probs)
-            if self.args.tfb_criterion == "nll":
+            if self.criterion == "nll":
                 # the adapter may be sure of every anchor
                 difference = abs(negative_log_likelihood(log_probs, labels) - reference)
                 change = difference / max(reference, 1e-12)
             else:
                 change = (log_probs.argmax(-1) != labels).double().mean().item()
-            accepted = change <= self.args.th
+            accepted = change <= limit
             self.search.append({"sigma_q": sigma, "change": change, "accepted": accepted})
             logger.info("TFB: sigma_q %.5f changes the anchors by %.4f", sigma, change)
             return accepted
 
-        low, high, best = SMALLEST_SIGMA, self.args.bayes_beta, None
+        # low: the largest sigma that was accepted; high: the smallest that was not
+        low, high = SMALLEST_SIGMA, self.args.bayes_beta
         for _ in range(self.args.iter):
             middle = (low + high) / 2
             if meets_tolerance(middle):
-                low = best = middle
+                low = middle
             else:
                 high = middle
-        if best is None:
-            if not meets_tolerance(SMALLEST_SIGMA):
-                change = self.search[-1]["change"]
-                raise RunError(
-                    f"no sigma_q meets --th {self.args.th}: the smallest, {SMALLEST_SIGMA}, "
-                    f"changes the anchors by {change:.4f}. Raise --th, or take more draws "
-                    "(--bayes-eval-n-samples-final)."
-                )
-            best = SMALLEST_SIGMA
-        set_spread(self, self.active_adapter, best)
-        return best
+        if not is_published and low == SMALLEST_SIGMA and not meets_tolerance(SMALLEST_SIGMA):
+            change = self.search[-1]["change"]
+            raise RunError(
+                f"no sigma_q meets --th {self.tolerance}: the smallest, {SMALLEST_SIGMA}, "
+                f"changes the anchors by {change:.4f}. Raise --th, or take more draws "
+                "(--bayes-eval-n-samples-final)."
+            )
+        sigma = high if is_published else low
+        self._tell_where_it_ended(sigma, low, high, limit)
+        set_spread(self, self.active_adapter, sigma)
+        return sigma
+
+    def _tell_where_it_ended(self, sigma: float, low: float, high: float, limit: float) -> None:
+        """A sigma from the last interval at either end of the range is the range's choice."""
+        if high == self.args.bayes_beta:
+            logger.warning(
+                "TFB: the search ended at the upper end of its range, sigma_q = %.5g: no sigma "
+                "tried up to --bayes-beta %g changes the anchors by more than %.4g (%.4g at "
+                "most). A larger --bayes-beta widens the range.",
+                sigma,
+                high,
+                limit,
+                max(step["change"] for step in self.search),
+            )
+        elif low == SMALLEST_SIGMA:
+            remedy = "" if self.anchors == "held-out" else ", or pass --tfb-anchors held-out"
+            logger.warning(
+                "TFB: the search ended at the lower end of its range, sigma_q = %.5g: no sigma "
+                "tried above %g changes the anchors by %.4g or less, so the posterior is nearly "
+                "the adapter itself. Raise --th (%g)%s.",
+                sigma,
+                SMALLEST_SIGMA,
+                limit,
+                self.tolerance,
+                remedy,
+            )
 
 
 def _layers(model, adapter: str) -> list[tuple[str, LoraLayer]]:

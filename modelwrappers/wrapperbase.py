@@ -172,8 +172,8 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
             )
         if args.calibrate == "all" and tunes:
             raise UsageError(
-                "--calibrate all takes all held-out rows, but a temperature or a prior precision "
-                "is chosen by them, too; pass --calibrate half, or auto."
+                "--calibrate all takes all held-out rows, but a temperature, a prior precision or "
+                "a noise is chosen by them, too; pass --calibrate half, or auto."
             )
         if args.draws_adaptive and args.bayes_eval_n_samples_final <= FIRST_STAGE:
             raise UsageError(

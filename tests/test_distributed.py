@@ -25,6 +25,7 @@ COMMON = "--checkpoint --eval-batch-size 8 --nowand --device cpu"
 KINDS = ("mcdataset", "bertds")
 METHODS = {
     "map": TRAIN,
+    "map:prior": f"{TRAIN} --prior-precision 80",
     "blob": f"{TRAIN} --bayes-eps 0.3 --bayes-kllr 0.01",
     "mcdropout": TRAIN,
     "deepensemble": f"{TRAIN} --ensemble-n 2",
@@ -139,7 +140,7 @@ def block(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())["datasets"]["bbc_headlines"]
 
 
-@pytest.mark.parametrize("method", ["map", "deepensemble"])
+@pytest.mark.parametrize("method", ["map", "map:prior", "deepensemble"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_train_the_same_adapter_as_one(runs, kind, method):
     one, two = (run_folder(flags) for flags in runs[kind, method])

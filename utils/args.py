@@ -419,9 +419,9 @@ def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
         if wanted and not held_out:
             raise UsageError(
                 "rows that were not trained on are needed (--temperature-scaling, --calibrate, "
-                "--testing-set train_val, --hold-out or a prior precision from validation), but "
-                f"the adapter in {args.load_lora_path} was trained on the whole training set; "
-                "train it with --hold-out."
+                "--testing-set train_val, --hold-out, --tfb-anchors held-out or a prior precision "
+                f"from validation), but the adapter in {args.load_lora_path} was trained on the "
+                "whole training set; train it with --hold-out."
             )
         if wanted and changed:
             flags = ", ".join(spelling(name) for name in changed)
