@@ -42,7 +42,6 @@ from modelwrappers.lora.curvature import (
     Tape,
     block_tensors,
 )
-from modelwrappers.lora.gaussian_logits import draw, probit, standard_normal
 from modelwrappers.lora.heads import head_modules
 from modelwrappers.lora.laplace_fit import LaplaceFit, posterior_class, slices
 from modelwrappers.lora.laplace_prior import (
@@ -54,6 +53,7 @@ from modelwrappers.lora.laplace_prior import (
     tell_end_of_grid,
 )
 from modelwrappers.lora.laplace_record import Description, Fit, read_factors
+from modelwrappers.lora.linearised import draw, probit, standard_normal
 from modelwrappers.lora.projections import covered_layers, lora_layers, pairs_of, rows_beyond
 from modelwrappers.lora.sharding import shards_base
 from modelwrappers.wrapperbase import Batch, WrapperBase

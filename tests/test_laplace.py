@@ -23,8 +23,8 @@ from modelwrappers.lora.curvature import (
     build_curvature,
     softmax_hessian_root,
 )
-from modelwrappers.lora.gaussian_logits import draw, probit
 from modelwrappers.lora.laplace_fit import posterior_class
+from modelwrappers.lora.linearised import draw, probit
 from utils.errors import UsageError
 
 KINDS = ["causal_flags", "classifier_flags"]

@@ -17,7 +17,6 @@ from modelwrappers.lora.curvature import (
     build_curvature,
     softmax_hessian_root,
 )
-from modelwrappers.lora.gaussian_logits import standard_normal
 from modelwrappers.lora.laplace_prior import (
     CHECKED_ROWS,
     check_start,
@@ -26,7 +25,13 @@ from modelwrappers.lora.laplace_prior import (
     shown_precision,
     warn_if_worse,
 )
-from modelwrappers.lora.linearised import MOST_LOGITS, MOST_NUMBERS, LinearisedModel, Mode
+from modelwrappers.lora.linearised import (
+    MOST_LOGITS,
+    MOST_NUMBERS,
+    LinearisedModel,
+    Mode,
+    standard_normal,
+)
 from utils.errors import RunError, UsageError
 from utils.logging import logger
 from utils.metrics import posterior_predictive

@@ -1,4 +1,4 @@
-r"""The MAP of the linearised model under a Gaussian prior, exactly, in the dual.
+r"""The linearised model: its MAP under a Gaussian prior, and draws of its Gaussian logits.
 
 Around a trained adapter $\theta$ the class logits of row n are taken for linear in the weights,
 $F_n(\theta') = f_n + J_n (\theta' - \theta)$ (Khan et al., arXiv 1906.01930; Immer et al., arXiv
@@ -14,11 +14,13 @@ so Newton's method runs on these, as in Gaussian process classification (Rasmuss
 
     (I + W K) alpha' = W K alpha + y - p,      F = f + J (mu - theta) + K alpha,
 
-with the step halved while it does not descend. At the mode $\alpha = y - p$.
+with the step halved while it does not descend. At the mode $\alpha = y - p$. The posterior around
+it gives a row's class logits a Gaussian law $N(F, \Sigma)$.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -130,3 +132,32 @@ class LinearisedModel:
         values = precisions.expand(len(self._blocks))
         pairs = zip(self._blocks, values, strict=True)
         return torch.cat([block.double().T @ alpha / value for block, value in pairs])
+
+
+# --- Gaussian logits ------------------------------------------------------------------------------
+
+
+def standard_normal(mean: Float[Tensor, "B C"], n_samples: int) -> Float[Tensor, "B N C"]:
+    """Pairs of opposite sign: odd parts of what is averaged have no noise."""
+    shape = (mean.shape[0], (n_samples + 1) // 2, mean.shape[1])
+    half = torch.randn(shape, dtype=torch.float64, device=mean.device)
+    return torch.stack([half, -half], dim=2).flatten(1, 2)[:, :n_samples]
+
+
+def draw(
+    mean: Float[Tensor, "B C"], covariance: Float[Tensor, "B C C"], noise: Float[Tensor, "B N C"]
+) -> Float[Tensor, "B N C"]:
+    """f = mean + S e with S S^T the covariance, which may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)  # (B, C, C)
+    return (mean.double().unsqueeze(1) + noise @ root.mT).float()
+
+
+def probit(mean: Float[Tensor, "B C"], covariance: Float[Tensor, "B C C"]) -> Float[Tensor, "B C"]:
+    r"""$f / \sqrt{1 + \frac\pi8 \mathrm{var} f}$, whose softmax is near the mean softmax.
+
+    MacKay's approximation (1992) as laplace-torch has it: it takes each logit's own variance, the
+    part that all logits share included.
+    """
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    return (mean / (1 + math.pi / 8 * variance).sqrt()).float()
