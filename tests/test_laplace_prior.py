@@ -492,7 +492,10 @@ def test_evidence_that_fits_the_training_rows_worse_is_told(said):
     assert not said()
     warn_if_worse(0.65, 0.5, "4")
     out = said()
-    assert "0.150 more than the point estimate's" in out and "--hold-out" in out
+    assert "0.150 more than the point estimate's" in out
+    assert "--hold-out" in out and "--laplace-refit" in out
+    warn_if_worse(0.65, 0.5, "4", is_refitted=True)
+    assert "--laplace-refit" not in said()
 
 
 def test_the_evidences_posterior_is_held_against_the_training_rows(adapters, said):

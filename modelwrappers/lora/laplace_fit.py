@@ -278,7 +278,8 @@ class LaplaceFit:
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
         nll, nll_of_map = (sums[:2] / sums[2]).tolist()
-        warn_if_worse(nll, nll_of_map, shown_precision(self.posterior.prior_precision))
+        precision = shown_precision(self.posterior.prior_precision)
+        warn_if_worse(nll, nll_of_map, precision, is_refitted=self.shift is not None)
 
 
 def posterior_class(structure: str):

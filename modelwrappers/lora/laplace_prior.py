@@ -257,21 +257,22 @@ def shown_precision(values: Tensor) -> str:
     return f"{values.min().item():.4g} to {values.max().item():.4g}"
 
 
-def warn_if_worse(nll: float, nll_of_map: float, shown: str) -> None:
+def warn_if_worse(nll: float, nll_of_map: float, shown: str, is_refitted: bool = False) -> None:
     """Tell when the evidence's posterior is worse than the point estimate on training rows.
 
     Args:
         nll: the mean over training rows of the NLL of the posterior predictive, in nats.
         nll_of_map: the same of the point estimate.
         shown: the precision that the evidence chose.
+        is_refitted: whether the mode belongs to it.
     """
     if nll - nll_of_map > WORSE_BY:
         logger.warning(
             "Laplace: the evidence's prior precision (%s) makes the NLL of the training rows %.3f "
             "nats, %.3f more than the point estimate's: the posterior is too wide. Choose it by "
-            "rows held out (train with --hold-out, then --laplace-prior-precision validation), "
-            "or try --laplace-refit.",
+            "rows held out (train with --hold-out, then --laplace-prior-precision validation)%s.",
             shown,
             nll,
             nll - nll_of_map,
+            "" if is_refitted else ", or try --laplace-refit",
         )
