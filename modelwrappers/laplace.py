@@ -1,34 +1,34 @@
 r"""Laplace-LoRA (Yang et al., arXiv 2308.13111): a Gaussian posterior around a trained adapter.
 
-Post hoc: $q(\theta) = N(\theta_{MAP}, (H + \lambda I)^{-1})$ over the LoRA matrices, H the
+Post hoc: $q(\theta) = N(\theta_{MAP}, (H + \Lambda)^{-1})$ over the LoRA matrices, H the
 generalised Gauss-Newton matrix of the training set's negative log-likelihood (the Fisher
-information of a softmax), and $\lambda$ the precision of the prior $N(0, \lambda^{-1} I)$, by
-maximising the Laplace evidence (MacKay 1992; Immer et al., arXiv 2104.04975)
+information of a softmax), and $\Lambda$ the precision of the prior $N(\mu, \Lambda^{-1})$: one
+number, or one for each matrix. It is found by maximising the Laplace evidence (MacKay 1992; Immer
+et al., arXiv 2104.04975)
 
-    log p(D) ~ log p(D | MAP) - (lambda |MAP|^2 + log det(H + lambda I) - P log lambda) / 2
+    log p(D) ~ log p(D | MAP) - (|MAP - mu|^2_Lambda + log det(H + Lambda) - log det Lambda) / 2
 
 or by the NLL of held-out rows. The predictive is that of the linearised model,
-$f(x) \sim N(f_{MAP}(x), J \Sigma J^\top)$ with the full covariance of the C class logits.
+$f(x) \sim N(f_{MAP}(x), J \Sigma J^\top)$ with the full covariance of the C class logits. The
+adapter need not be that model's mode under the chosen prior; --laplace-refit goes there (arXiv
+2206.08900), and the mean is $f_{MAP}(x) + J (\theta' - \theta_{MAP})$ then.
 
-Curvature and Jacobians come from `lora_curvature`, posterior algebra and evidence from
-laplace-torch (Daxberger et al., arXiv 2106.14806).
+Curvature and Jacobians come from `lora.curvature`, the mode from `lora.linearised`, posterior
+algebra and evidence from laplace-torch (Daxberger et al., arXiv 2106.14806). A classification head
+that is trained whole (PEFT's modules_to_save) is outside the posterior: it stays as it was trained.
 """
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
-from pydantic import Field, FiniteFloat, field_validator, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from modelwrappers.engine.posterior import PosteriorRecord
@@ -36,88 +36,45 @@ from modelwrappers.engine.prediction import gather_rows
 from modelwrappers.engine.results import peak_memory
 from modelwrappers.lora.backbone import adapter_acts
 from modelwrappers.lora.curvature import (
-    CURVATURES,
+    SHARINGS,
+    STRUCTURES,
     Projection,
     Tape,
     block_tensors,
-    read_blocks,
-    softmax_hessian_root,
 )
 from modelwrappers.lora.heads import head_modules
+from modelwrappers.lora.laplace_fit import LaplaceFit, posterior_class, slices
+from modelwrappers.lora.laplace_prior import (
+    add_prior_arguments,
+    grid,
+    settle_prior,
+    settle_start,
+    shown_precision,
+    tell_end_of_grid,
+)
+from modelwrappers.lora.laplace_record import Description, Fit, read_factors
+from modelwrappers.lora.linearised import draw, probit, standard_normal
+from modelwrappers.lora.projections import covered_layers, lora_layers, pairs_of, rows_beyond
 from modelwrappers.lora.sharding import shards_base
-from modelwrappers.lora.stochastic import variant_name
 from modelwrappers.wrapperbase import Batch, WrapperBase
 from utils.adapter_base import RECORD_FILE
-from utils.args import between, whole
-from utils.errors import RunError, UsageError, quoted
+from utils.args import whole
+from utils.errors import UsageError
 from utils.logging import logger
 from utils.metrics import negative_log_likelihood, posterior_predictive
-from utils.records import (
-    Count,
-    Name,
-    Nonnegative,
-    Positive,
-    Record,
-    check_tensor,
-    read_tensors,
-)
+from utils.records import read_tensors
 from utils.seeding import mix_seed
 
 FACTORS_FILE = "laplace.safetensors"
 MOST_PARAMETERS_OF_FULL = 5_000
 DRAWS = 500  # of the logits' Gaussian, which cost next to nothing
-# Values of the prior precision that --laplace-prior-precision validation tries.
-GRID = torch.logspace(-2, 6, 33, dtype=torch.float64)
 
 
-def _prior_precision(text: str) -> str | float:
-    return text if text in ("evidence", "validation") else between(1e-12, 1e12)(text)
-
-
-class Fit(Record):
-    """How a posterior was fitted: what is needed again, and what is told."""
-
-    hessian: Literal["kron", "diag", "full"]
-    prior_precision: Annotated[Positive, Field(le=1e30)]
-    log_marginal_likelihood: FiniteFloat | None = None
-    n_parameters: Count | None = None
-    n_examples: Count | None = None
-    factor_bytes: Count | None = None
-    seconds: Nonnegative | None = None
-    peak_memory_bytes: Count | None = None
-    peak_memory_before_bytes: Count | None = None
-
-
-class Description(Record):
-    """Laplace's part of bayes_config.json.
-
-    Attributes:
-        laplace: the fit; None while the adapter is a point estimate.
-        projections: the LoRA matrices that the posterior covers, in the order of its factors.
-    """
-
-    laplace: Fit | None
-    projections: list[Name]
-
-    @field_validator("laplace", mode="before")
-    @classmethod
-    def _nothing_fitted(cls, value: Any) -> Any:
-        return None if value == {} else value
-
-    @model_validator(mode="after")
-    def _covers_something(self) -> Description:
-        if self.laplace is not None and not self.projections:
-            raise ValueError("'projections' names no LoRA matrix")
-        if len(set(self.projections)) < len(self.projections):
-            raise ValueError("'projections' names a LoRA matrix twice")
-        return self
-
-
-class Laplace(WrapperBase):
+class Laplace(LaplaceFit, WrapperBase):
     """Laplace posterior on a trained adapter, or on one that this run trains first as MAP does."""
 
     is_stochastic = True
-    draws_kind = "antithetic"  # of the logits, see `_standard_normal`
+    draws_kind = "antithetic"  # of the logits, see `standard_normal`
     Description = Description
     adapter_files = (*WrapperBase.adapter_files, FACTORS_FILE)
     posterior_file = FACTORS_FILE
@@ -145,11 +102,23 @@ class Laplace(WrapperBase):
                 "base together would wait for each other; launch it without FSDP, e.g. with "
                 "configs/accelerate/ddp.yaml."
             )
+        if self.args.laplace_refit and self.accelerator.num_processes > 1:
+            raise UsageError(
+                "--laplace-refit holds the Jacobians of all training rows in one process, but this "
+                f"run has {self.accelerator.num_processes}; fit the posterior in one process (what "
+                "it saves is then evaluated in any number), or drop --laplace-refit."
+            )
         self._head = f"base_model.model.{head[0]}" if head else None
         self.posterior = None  # of laplace-torch; None while the adapter is a point estimate
         self.projections: list[Projection] = []
         self.description: dict[str, Any] = {}
         self.hessian = self.args.laplace_hessian
+        # from the trained adapter to the linearised model's mode, (P,); None: they are the same
+        self.shift: Float[Tensor, " P"] | None = None
+        # LoRA matrix -> its values before training, where they are the prior's mean
+        self.prior_start: dict[str, Tensor] | None = None
+        if self.args.laplace_prior_mean == "init":
+            self.prior_start = {p.name: p.module.weight.detach().clone() for p in self._all_pairs()}
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -158,7 +127,9 @@ class Laplace(WrapperBase):
         super().prepare_for_fit_evaluate(dataset, wandb_logger)
         if self.posterior is None:
             self.projections = self._select_projections()
-            _posterior_class(self.hessian)
+            posterior_class(self.hessian)
+            if not self.num_training_steps:
+                self.prior_mean()
 
     @classmethod
     def add_arguments(cls, parser) -> None:
@@ -171,9 +142,16 @@ class Laplace(WrapperBase):
         )
         group.add_argument(
             "--laplace-hessian",
-            choices=sorted(CURVATURES),
+            choices=STRUCTURES,
             default="kron",
             help="structure of the curvature",
+        )
+        group.add_argument(
+            "--laplace-curvature",
+            choices=SHARINGS,
+            help="how Kronecker factors treat a row's tokens: KFAC-reduce, KFAC-expand, or summed "
+            "over all tokens and padding as in the published code (default: reduce; published with "
+            "--protocol original)",
         )
         group.add_argument(
             "--laplace-rank",
@@ -181,13 +159,7 @@ class Laplace(WrapperBase):
             default=64,
             help="rank of Kronecker factors wider than twice as much; 0: exact",
         )
-        group.add_argument(
-            "--laplace-prior-precision",
-            type=_prior_precision,
-            default="evidence",
-            metavar="{evidence,validation,NUMBER}",
-            help="how the prior's precision is found, or its value",
-        )
+        add_prior_arguments(group)
         group.add_argument(
             "--laplace-predictive",
             choices=["mc", "probit"],
@@ -207,14 +179,15 @@ class Laplace(WrapperBase):
             args.opt_wd = 1e-5  # as `map`
         if "bayes_eval_n_samples_final" not in args.given:
             args.bayes_eval_n_samples_final = DRAWS
-        if args.laplace_prior_precision == "validation":
-            if args.hold_out is False:
-                raise UsageError(
-                    "--laplace-prior-precision validation needs rows that were not trained on, but "
-                    "the training set is whole (--hold-out false, or so the adapter's run was "
-                    "made); train with --hold-out, or pass evidence."
-                )
-            args.hold_out = True
+        _settle_curvature(args)
+        trains = args.max_train_steps or args.n_epochs
+        if not trains and (Path(args.load_lora_path) / FACTORS_FILE).is_file():
+            # a posterior that was fitted already: there is nothing to choose any more
+            args.laplace_prior_precision = args.laplace_prior_precision or "evidence"
+            args.laplace_prior_mean = "zero"
+        elif args.laplace_prior_mean == "init":
+            settle_start(args)
+        settle_prior(args)
 
     @classmethod
     def tunes_on_held_out(cls, args) -> bool:
@@ -243,33 +216,37 @@ class Laplace(WrapperBase):
             torch.cuda.reset_peak_memory_stats(device)
         peak_before = peak_memory(device)
         started = time.perf_counter()
-        curvature, loss, num_rows = self._sum_curvature(self.dataset.train_eval_dataloader)
-        self.posterior = self._build_posterior(curvature.blocks())
-        self.posterior.loss, self.posterior.n_data = loss, num_rows
-        self._set_prior_precision()
-        evidence = self.posterior.log_marginal_likelihood().item()
+        rounds = self.fit_prior_and_mode()
+        posterior = self.posterior
+        evidence = posterior.log_marginal_likelihood().item()
+        precisions = posterior.prior_precision.tolist()
         factors = self.posterior_tensors().values()
-        self.description = {
-            "hessian": self.hessian,
-            "prior_precision": self.posterior.prior_precision.item(),
-            "log_marginal_likelihood": evidence,
-            "n_parameters": self.posterior.n_params,
-            "n_examples": num_rows,
-            "factor_bytes": sum(t.numel() * t.element_size() for t in factors),
-            "seconds": round(time.perf_counter() - started, 3),
-            "peak_memory_bytes": peak_memory(device),  # of the process, on a GPU of the fit alone
-            "peak_memory_before_bytes": peak_before,
-        }
+        chosen = self.args.laplace_prior_precision
+        self.description = Fit(
+            hessian=self.hessian,
+            curvature=self.args.laplace_curvature,
+            prior_precision=precisions if len(precisions) > 1 else precisions[0],
+            prior_precision_by="number" if isinstance(chosen, float) else chosen,
+            prior_mean=self.args.laplace_prior_mean,
+            refit_rounds=rounds,
+            log_marginal_likelihood=evidence,
+            n_parameters=posterior.n_params,
+            n_examples=posterior.n_data,
+            factor_bytes=sum(t.numel() * t.element_size() for t in factors),
+            seconds=round(time.perf_counter() - started, 3),
+            peak_memory_bytes=peak_memory(device),  # of the process, on a GPU of the fit alone
+            peak_memory_before_bytes=peak_before,
+        ).model_dump()
         logger.info(
             "Laplace: %s curvature of %d parameters from %d rows, %.1f MB, in %.1f s, peak memory "
-            "%.0f MB; prior precision %.4g, log evidence %.2f",
-            self.hessian,
-            self.posterior.n_params,
-            num_rows,
+            "%.0f MB; prior precision %s, log evidence %.2f",
+            " ".join(filter(None, (self.hessian, self.args.laplace_curvature))),
+            posterior.n_params,
+            posterior.n_data,
             self.description["factor_bytes"] / 1e6,
             self.description["seconds"],
             self.description["peak_memory_bytes"] / 1e6,
-            self.description["prior_precision"],
+            shown_precision(posterior.prior_precision),
             evidence,
         )
 
@@ -288,23 +265,37 @@ class Laplace(WrapperBase):
         r"""Class logits of the linearised model, draws of $N(f_{MAP}, J \Sigma J^\top)$.
 
         With --laplace-predictive probit one slice, $f / \sqrt{1 + \frac\pi8 \mathrm{var} f}$.
-        Without a posterior, with `sample=False`, and where the adapter is merged or disabled, the
-        model's own logits (N = 1).
+        With `sample=False` the mean (N = 1): the model's own logits, or after --laplace-refit those
+        of the linearised model at its mode. Without a posterior, and where the adapter is merged or
+        disabled, the model's own logits.
         """
-        if self.posterior is None or not sample or not adapter_acts(self):
+        is_own = self.posterior is None or not adapter_acts(self)
+        if is_own or (not sample and self.shift is None):
             return self.batch_logits(batch).unsqueeze(1)
+        if not sample:
+            means = [
+                self.mean_logits(logits, jacobians)
+                for logits, jacobians, _ in self.row_jacobians(batch)
+            ]
+            return torch.cat(means).unsqueeze(1)
         # Mixed precision is for the model: a covariance in bfloat16 would be none.
         with torch.autocast(self.accelerator.device.type, enabled=False):
             mean, covariance = self.linearised(batch)
+        noise = standard_normal(mean, n_samples)
+        return self.drawn_logits(mean, covariance, noise)
+
+    def drawn_logits(
+        self, mean: Tensor, covariance: Tensor, noise: Tensor
+    ) -> Float[Tensor, "B N C"]:
         if self.args.laplace_predictive == "probit":
-            return _probit(mean, covariance).unsqueeze(1)
-        return _draws(mean, covariance, _standard_normal(mean, n_samples))
+            return probit(mean, covariance).unsqueeze(1)
+        return draw(mean, covariance, noise)
 
     def linearised(self, batch: Batch) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C C"]]:
         """Mean and covariance of the class logits under the posterior."""
         parts = [
-            (logits, self._covariance(jacobians, beyond))
-            for logits, jacobians, beyond in self._jacobians(batch)
+            (self.mean_logits(logits, jacobians), self.logit_covariance(jacobians, beyond))
+            for logits, jacobians, beyond in self.row_jacobians(batch)
         ]
         mean, covariance = (torch.cat(column) for column in zip(*parts, strict=True))
         # eigh would raise on a row whose numbers are not finite: it gets no covariance and a mean
@@ -315,29 +306,37 @@ class Laplace(WrapperBase):
             covariance.masked_fill(broken[:, None, None], 0.0),
         )
 
-    def _jacobians(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def row_jacobians(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(logits (b, C), Jacobians (b, C, P), Jacobians in head rows outside of the posterior).
 
         As many rows at a time as training takes, or fewer where the Jacobians are long.
         """
-        beyond = self._unfitted_rows()
-        classes = self.num_classes
-        size = max(1, min(self.args.batch_size, 2**28 // (classes * self.posterior.n_params)))
-        for rows in _slices(batch, size):
+        beyond = rows_beyond(self.projections, self.answer_tokens)
+        inside = sum(self.projection_sizes)
+        size = max(1, min(self.args.batch_size, 2**28 // (self.num_classes * inside)))
+        for rows in slices(batch, size):
             # An evaluation runs in inference mode, whose tensors no gradient may come from.
             with torch.inference_mode(False), torch.enable_grad():
                 inputs = {key: value.clone() for key, value in rows.items()}
                 with Tape([*self.projections, *beyond]) as tape, self.accelerator.autocast():
                     logits = self.batch_logits(inputs)
                 jacobians = tape.jacobians(logits)
-            inside = self.posterior.n_params
             yield logits.detach().float(), jacobians[..., :inside], jacobians[..., inside:]
 
-    def _covariance(self, jacobians: Tensor, beyond: Tensor) -> Float[Tensor, "b C C"]:
+    def mean_logits(self, logits: Tensor, jacobians: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(b, C) at the linearised model's mode, or at another shift of the weights."""
+        shift = self.shift if shift is None else shift
+        return logits if shift is None else logits + jacobians @ shift.to(jacobians.dtype)
+
+    def logit_covariance(self, jacobians: Tensor, beyond: Tensor) -> Float[Tensor, "b C C"]:
         covariance = self.posterior.functional_variance(jacobians).double()
+        if not beyond.shape[-1]:
+            return covariance
         # No training example has said anything about these rows: they have the prior's variance.
         beyond = beyond.double()
-        return covariance + beyond @ beyond.mT / self.posterior.prior_precision.item()
+        precisions = self.posterior.prior_precision.expand(len(self.projections))
+        head = next(i for i, p in enumerate(self.projections) if p.rows is not None)
+        return covariance + beyond @ beyond.mT / precisions[head].item()
 
     @property
     def num_classes(self) -> int:
@@ -346,56 +345,20 @@ class Laplace(WrapperBase):
 
     # --- what the posterior covers ----------------------------------------------------------------
 
-    def _layers(self) -> list[tuple[str, LoraLayer]]:
-        """The layers of --laplace-layers.
+    def _pairs(self, layers) -> list[Projection]:
+        rows = self.target_ids if self.is_causal else None
+        return pairs_of(layers, self.active_adapter, self._head, rows)
 
-        Raises:
-            UsageError: there is none, or one that is no pair of linear maps.
-        """
-        adapter, found = self.active_adapter, self._lora_layers()
-        if self.args.laplace_layers == "last_layer":
-            found = [(name, layer) for name, layer in found if name == self._head]
-            if not found:
-                raise UsageError(
-                    "--laplace-layers last_layer is the posterior over the output head's LoRA, but "
-                    "the adapter has none there; train it with --apply-classhead-lora, or pass "
-                    "--laplace-layers all."
-                )
-        for name, layer in found:
-            if layer.lora_variant.get(adapter) is not None:
-                raise UsageError(
-                    f"Laplace covers plain LoRA, but {name} is {variant_name(layer, adapter)}; "
-                    "take map, mle or mcdropout, or an adapter of plain LoRA."
-                )
-            is_plain = adapter in layer.lora_A
-            if not is_plain or layer.lora_bias.get(adapter):
-                raise UsageError(
-                    f"Laplace covers plain LoRA on linear layers, but {name} is an embedding or "
-                    "has a bias of its own (lora_bias); leave it out with --target-modules."
-                )
-        return found
-
-    def _lora_layers(self) -> list[tuple[str, LoraLayer]]:
-        return [
-            (name, layer)
-            for name, layer in self.named_modules()
-            if isinstance(layer, LoraLayer) and self.active_adapter in layer.scaling
-        ]
-
-    def _pairs(self, layers: list[tuple[str, LoraLayer]]) -> list[Projection]:
-        adapter = self.active_adapter
-        projections = []
-        for name, layer in layers:
-            # Class logits depend on few of the rows of a causal LM's head.
-            rows = self.target_ids if self.is_causal and name == self._head else None
-            projections += [
-                Projection(f"{name}.lora_A.weight", layer.lora_A[adapter]),
-                Projection(f"{name}.lora_B.weight", layer.lora_B[adapter], rows),
-            ]
-        return projections
+    def _all_pairs(self) -> list[Projection]:
+        """Whichever a posterior of this adapter may cover."""
+        found = lora_layers(self, self.active_adapter)
+        return self._pairs(
+            [(n, layer) for n, layer in found if self.active_adapter in layer.lora_A]
+        )
 
     def _select_projections(self) -> list[Projection]:
-        projections = self._pairs(self._layers())
+        which, adapter = self.args.laplace_layers, self.active_adapter
+        projections = self._pairs(covered_layers(self, adapter, which, self._head))
         number = sum(projection.weight.numel() for projection in projections)
         if self.hessian == "full" and number > MOST_PARAMETERS_OF_FULL:
             raise UsageError(
@@ -405,123 +368,48 @@ class Laplace(WrapperBase):
             )
         return projections
 
-    def _unfitted_rows(self) -> list[Projection]:
-        """The head's rows of answer tokens that the posterior was not fitted on."""
-        beyond = []
-        for name, module, rows in self.projections:
-            if rows is not None:
-                others = self.answer_tokens[~torch.isin(self.answer_tokens, rows)]
-                beyond += [Projection(name, module, others)] if len(others) else []
-        return beyond
+    # --- the prior by held-out rows ---------------------------------------------------------------
 
-    # --- fitting ----------------------------------------------------------------------------------
-
-    def _sum_curvature(self, loader: Iterable[Batch]) -> tuple[Any, Tensor, int]:
-        """(curvature, sum of the NLL, number of rows) of the training set, over all processes."""
-        accelerator, device = self.accelerator, self.accelerator.device
-        curvature = CURVATURES[self.hessian](self.projections, self.args.laplace_rank)
-        loss = torch.zeros((), device=device, dtype=torch.float64)
-        seen: set[int] = set()
-        was_training = self.training
-        self.eval()
-        try:
-            for batch in tqdm(
-                loader, desc="curvature", disable=not accelerator.is_local_main_process
-            ):
-                batch = send_to_device(batch, device)
-                batch["new"] = self._first_seen(batch["index"], seen)
-                for rows in _slices(batch, self.args.batch_size):
-                    new, labels = rows.pop("new"), rows["labels"]
-                    with Tape(self.projections) as tape, accelerator.autocast():
-                        logits = self.batch_logits(self.model_inputs(rows)).float()
-                    if not logits.isfinite().all():
-                        raise RunError(
-                            f"the logits of the training rows {rows['index'].tolist()} are not "
-                            "numbers; the adapter has diverged, or its data type overflows."
-                        )
-                    root = softmax_hessian_root(logits) * new[:, None, None]
-                    curvature.add(tape, logits, root)
-                    nll = nn.functional.cross_entropy(logits.detach(), labels, reduction="none")
-                    loss += (nll * new).sum()
-        finally:
-            self.train(was_training)
-        if accelerator.num_processes > 1:
-            for total in (loss, *curvature.tensors()):
-                total.copy_(accelerator.reduce(total, reduction="sum"))
-        return curvature, loss, len(seen)
-
-    def _first_seen(self, index: Tensor, seen: set[int]) -> Float[Tensor, " B"]:
-        """1 for rows that no process has had before, 0 for those that fill up a last batch."""
-        accelerator = self.accelerator
-        everywhere = index[None]
-        if accelerator.num_processes > 1:
-            padded = accelerator.pad_across_processes(index, pad_index=-1)
-            everywhere = accelerator.gather(padded[None])
-        new = torch.ones(len(index), device=index.device)
-        for process, rows in enumerate(everywhere.tolist()):
-            if process == accelerator.process_index:
-                new = torch.tensor([float(r not in seen) for r in index.tolist()]).to(index.device)
-            seen.update(row for row in rows if row >= 0)
-        return new
-
-    def _build_posterior(self, blocks: list[list[tuple[Tensor, Tensor]]]):
-        """laplace-torch's posterior with our curvature in it; its small sums are in float64."""
-        weights = nn.ParameterList([p.weight.double() for p in self.projections])
-        posterior = _posterior_class(self.hessian)(weights, "classification")
-        posterior.mean = nn.utils.parameters_to_vector(weights).detach()
-        posterior.blocks = blocks
-        posterior.take(blocks)
-        return posterior
-
-    def _set_prior_precision(self) -> None:
-        wanted = self.args.laplace_prior_precision
-        if wanted == "evidence":
-            with warnings.catch_warnings():  # it warns of a default that evidence does not use
-                warnings.simplefilter("ignore")
-                self.posterior.optimize_prior_precision(
-                    method="marglik", prior_structure="scalar", n_steps=300
-                )
-        elif wanted == "validation":
-            self.posterior.prior_precision = self._best_on(self.dataset.held_out_dataloader)
-        else:
-            self.posterior.prior_precision = wanted
-
-    def _best_on(self, loader: Iterable[Batch]) -> float:
-        """The prior precision of `GRID` with the lowest NLL of `loader`'s rows.
+    def best_on_held_out(self, loader: Iterable[Batch], shifts: list[Tensor] | None) -> float:
+        """The prior precision of --laplace-grid with the lowest NLL of `loader`'s rows.
 
         The Jacobians of a batch serve all values, and so do the draws: the curve has no noise of
         its own between its points.
+
+        Args:
+            loader: of held-out rows.
+            shifts: for each value from the adapter to the linearised model's mode, (P,); None: the
+                adapter is the mode.
         """
-        log_probs: list[list[Tensor]] = [[] for _ in GRID]
+        values = grid(*self.args.laplace_grid)
+        log_probs: list[list[Tensor]] = [[] for _ in values]
         labels, index = [], []
-        draws = self.args.bayes_eval_n_samples_final
         self.eval()
         for batch in tqdm(loader, desc="prior", disable=not self.accelerator.is_local_main_process):
             batch = send_to_device(batch, self.accelerator.device)
             labels.append(batch["labels"])
             index.append(batch["index"])
             torch.manual_seed(mix_seed("prior", self.args.seed_sampling, int(batch["index"][0])))
-            for logits, jacobians, beyond in self._jacobians(self.model_inputs(batch)):
-                noise = _standard_normal(logits, draws)
-                for values, precision in zip(log_probs, GRID, strict=True):
-                    self.posterior.prior_precision = precision.item()
-                    covariance = self._covariance(jacobians, beyond)
-                    if self.args.laplace_predictive == "probit":
-                        drawn = _probit(logits, covariance).unsqueeze(1)
-                    else:
-                        drawn = _draws(logits, covariance, noise)
-                    values.append(posterior_predictive(drawn.float().log_softmax(-1)))
+            for logits, jacobians, beyond in self.row_jacobians(self.model_inputs(batch)):
+                noise = standard_normal(logits, self.args.bayes_eval_n_samples_final)
+                for i, value in enumerate(values):
+                    self.posterior.prior_precision = value.item()
+                    mean = self.mean_logits(logits, jacobians, shifts[i] if shifts else None)
+                    drawn = self.drawn_logits(mean, self.logit_covariance(jacobians, beyond), noise)
+                    log_probs[i].append(posterior_predictive(drawn.float().log_softmax(-1)))
         gathered = [
             gather_rows(
                 self.accelerator,
-                torch.cat(values).unsqueeze(1),
+                torch.cat(of_value).unsqueeze(1),
                 torch.cat(labels),
                 torch.cat(index),
             )
-            for values in log_probs
+            for of_value in log_probs
         ]
         nll = [negative_log_likelihood(p.log_probs[:, 0], p.labels) for p in gathered]
-        return GRID[min(range(len(nll)), key=nll.__getitem__)].item()
+        best = values[min(range(len(nll)), key=nll.__getitem__)].item()
+        tell_end_of_grid(best, *self.args.laplace_grid)
+        return best
 
     # --- on disk ----------------------------------------------------------------------------------
 
@@ -533,7 +421,7 @@ class Laplace(WrapperBase):
         for projection in self.projections:
             if projection.rows is not None:
                 tensors["rows"] = projection.rows
-        return tensors
+        return tensors if self.shift is None else tensors | {"shift": self.shift}
 
     def take_posterior(self, folder: Path, record: PosteriorRecord | None) -> None:
         """The curvature of an adapter that was fitted already."""
@@ -546,103 +434,66 @@ class Laplace(WrapperBase):
         found = self.described(record, where)
         if found.laplace is None:  # saved before it was fitted
             return
-        self._take_factors(found, read_tensors(folder / FACTORS_FILE, "--load-lora-path"), where)
-        given = self.args.given
-        if isinstance(given.get("laplace_prior_precision"), float):
-            self.posterior.prior_precision = given["laplace_prior_precision"]
-            self.description["prior_precision"] = given["laplace_prior_precision"]
+        fit, device = found.laplace, self.accelerator.device
+        tensors = read_tensors(folder / FACTORS_FILE, "--load-lora-path")
+        head = f"{self._head}.lora_B.weight" if self.is_causal else None
+        factors = read_factors(found, tensors, self._all_pairs(), head, where)
+        self.description, self.hessian = fit.model_dump(), fit.hessian
+        self.projections = factors.projections
+        self.shift = None if factors.shift is None else factors.shift.to(device)
+        blocks = [[(q.to(device), v.to(device)) for q, v in block] for block in factors.blocks]
+        self.posterior = self.build_posterior(blocks)
+        self.posterior.prior_precision = fit.precisions.to(device)
+        self._take_given_precision(folder)
         logger.info(
-            "Laplace: %s has its curvature already (%s, %d parameters, prior precision %.4g); "
+            "Laplace: %s has its curvature already (%s, %d parameters, prior precision %s); "
             "flags of the fit but a number for --laplace-prior-precision have no effect.",
             folder,
             self.hessian,
             self.posterior.n_params,
-            self.posterior.prior_precision.item(),
+            shown_precision(self.posterior.prior_precision),
         )
 
-    def _take_factors(self, found: Description, tensors: dict[str, Tensor], where: str) -> None:
-        """The posterior that `posterior_tensors` and `method_config` describe.
+    def _take_given_precision(self, folder: Path) -> None:
+        """A number for --laplace-prior-precision, in the place of the one that was fitted.
 
         Raises:
-            UsageError: they do not fit each other or the adapter.
+            UsageError: the posterior's mode belongs to that one.
         """
-
-        def refuse(reason: str) -> NoReturn:
+        wanted = self.args.given.get("laplace_prior_precision")
+        if not isinstance(wanted, float):
+            return
+        if self.shift is not None:
             raise UsageError(
-                f"{where}: {reason}; fit the posterior again on the adapter that it was made from."
+                f"--laplace-prior-precision {wanted:g}: the posterior in {folder} was fitted with "
+                "--laplace-refit, so its mode belongs to its own prior precision "
+                f"({shown_precision(self.posterior.prior_precision)}); fit it again on the adapter."
             )
-
-        device = self.accelerator.device
-        self.description, self.hessian = found.laplace.model_dump(), found.laplace.hessian
-        head = f"{self._head}.lora_B.weight"
-        modules = {p.name: p.module for p in self._pairs(self._lora_layers())}
-        rows = None
-        if "rows" in tensors:
-            rows = check_tensor(tensors, "rows", (None,), where, (torch.int64,)).to(device)
-            tensors = {key: value for key, value in tensors.items() if key != "rows"}
-        self.projections = []
-        for name in found.projections:
-            if name not in modules:
-                refuse(
-                    f"{RECORD_FILE} names {quoted(name)}, which is no LoRA matrix of the adapter"
-                )
-            is_head = name == head and self.is_causal
-            if is_head and rows is None:
-                refuse("the tensor 'rows', the head's answer tokens, is missing")
-            height = len(modules[name].weight)
-            if is_head and not (
-                0 < len(rows) == len(rows.unique()) and rows.min() >= 0 and rows.max() < height
-            ):
-                refuse(f"'rows' must be different numbers below {height}, rows of the head")
-            self.projections.append(Projection(name, modules[name], rows if is_head else None))
-        shapes = [tuple(projection.weight.shape) for projection in self.projections]
-        if self.hessian != "kron":
-            shapes = [(sum(math.prod(shape) for shape in shapes),)]
-        blocks = read_blocks(tensors, shapes, self.hessian == "diag", where, refuse)
-        blocks = [[(q.to(device), v.to(device)) for q, v in block] for block in blocks]
-        self.posterior = self._build_posterior(blocks)
-        self.posterior.prior_precision = found.laplace.prior_precision
+        self.posterior.prior_precision = wanted
+        self.description["prior_precision"] = wanted
 
 
-def _posterior_class(structure: str):
-    """laplace-torch's class for a structure of the curvature, imported where it is needed.
+def _settle_curvature(args) -> None:
+    """Fill in the default of --laplace-curvature.
 
     Raises:
-        UsageError: the library is not there.
+        UsageError: it contradicts --laplace-hessian or --laplace-rank.
     """
-    try:
-        from modelwrappers.lora.laplace_torch import POSTERIORS
-    except ImportError as error:
-        raise UsageError(
-            f"Laplace needs laplace-torch, which cannot be imported ({error}); run: "
-            "pip install --no-deps -r requirements-laplace.txt"
-        ) from None
-    return POSTERIORS[structure]
-
-
-def _slices(batch: Batch, size: int) -> Iterator[Batch]:
-    for start in range(0, len(batch["input_ids"]), size):
-        yield {key: value[start : start + size] for key, value in batch.items()}
-
-
-def _standard_normal(mean: Tensor, n_samples: int) -> Float[Tensor, "B N C"]:
-    """Pairs of opposite sign: odd parts of what is averaged have no noise."""
-    shape = (mean.shape[0], (n_samples + 1) // 2, mean.shape[1])
-    half = torch.randn(shape, dtype=torch.float64, device=mean.device)
-    return torch.stack([half, -half], dim=2).flatten(1, 2)[:, :n_samples]
-
-
-def _draws(mean: Tensor, covariance: Tensor, noise: Tensor) -> Float[Tensor, "B N C"]:
-    """f = mean + S e with S S^T the covariance, which may be singular."""
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)  # (B, C, C)
-    return (mean.double().unsqueeze(1) + noise @ root.mT).float()
-
-
-def _probit(mean: Tensor, covariance: Tensor) -> Float[Tensor, "B C"]:
-    """MacKay's approximation of the mean softmax (1992) as laplace-torch has it.
-
-    It takes each logit's own variance, the part that all logits share included.
-    """
-    variance = covariance.diagonal(dim1=1, dim2=2)
-    return (mean / (1 + math.pi / 8 * variance).sqrt()).float()
+    if args.laplace_hessian != "kron":
+        if args.laplace_curvature is not None:
+            raise UsageError(
+                f"--laplace-curvature {args.laplace_curvature} is a kind of Kronecker factors, but "
+                f"--laplace-hessian {args.laplace_hessian} has none; pass --laplace-hessian kron, "
+                "or drop --laplace-curvature."
+            )
+        return
+    if args.laplace_curvature is None:
+        args.laplace_curvature = "published" if args.protocol == "original" else "reduce"
+    if args.laplace_curvature == "published":
+        if args.laplace_rank and "laplace_rank" in args.given:
+            raise UsageError(
+                f"--laplace-rank {args.laplace_rank} truncates the factors, but "
+                "--laplace-curvature published (the default of --protocol original) has dense "
+                "ones; drop --laplace-rank, or pass --laplace-curvature reduce or expand."
+            )
+        args.laplace_rank = 0

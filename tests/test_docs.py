@@ -268,13 +268,13 @@ def test_the_tree_of_the_readme_is_the_one_there_is():
         indent = len(line) - len(line.lstrip())
         while folders[-1][0] >= indent:
             folders.pop()
-        name = line.split()[0]
-        if "<" in name:
-            continue
-        assert (folders[-1][1] / name).exists(), line
-        named.add(folders[-1][1] / name)
-        if name.endswith("/"):
-            folders.append((indent, folders[-1][1] / name))
+        for name in line.strip().split("  ")[0].split(", "):  # files of one line
+            if "<" in name:
+                continue
+            assert (folders[-1][1] / name).exists(), line
+            named.add(folders[-1][1] / name)
+            if name.endswith("/"):
+                folders.append((indent, folders[-1][1] / name))
     rooms = (ROOT / "modelwrappers", ROOT / "dataset")
     modules = {file for room in rooms for file in room.rglob("*.py")}
     inner = {file for file in modules if file.name == "__init__.py" and file.parent not in rooms}

@@ -13,7 +13,6 @@ from torch import nn
 
 import main
 from modelwrappers import load_posterior
-from modelwrappers.laplace import _draws, _posterior_class, _probit
 from modelwrappers.lora.curvature import (
     DiagonalCurvature,
     FullCurvature,
@@ -21,8 +20,11 @@ from modelwrappers.lora.curvature import (
     KronCurvature,
     Projection,
     Tape,
+    build_curvature,
     softmax_hessian_root,
 )
+from modelwrappers.lora.laplace_fit import posterior_class
+from modelwrappers.lora.linearised import draw, probit
 from utils.errors import UsageError
 
 KINDS = ["causal_flags", "classifier_flags"]
@@ -30,7 +32,7 @@ KINDS = ["causal_flags", "classifier_flags"]
 
 def posterior_of(structure, projections, curvature, precision):
     weights = nn.ParameterList([p.weight.double() for p in projections])
-    posterior = _posterior_class(structure)(weights, "classification", prior_precision=precision)
+    posterior = posterior_class(structure)(weights, "classification", prior_precision=precision)
     posterior.mean = nn.utils.parameters_to_vector(weights).detach()
     posterior.take(curvature.blocks())
     return posterior
@@ -38,7 +40,7 @@ def posterior_of(structure, projections, curvature, precision):
 
 # --- a linear model with Gaussian noise, whose posterior is known --------------------------------
 
-STRUCTURES = {"kron": KronCurvature, "full": FullCurvature}
+STRUCTURES = ("kron", "full")
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def regression():
 def gaussian_curvature(structure, layer, x, batch_size=7):
     """The Hessian of a unit-variance Gaussian likelihood is J^T J: the root is the identity."""
     projections = [Projection("layer", layer)]
-    curvature = STRUCTURES[structure](projections, 0)
+    curvature = build_curvature(structure, projections, 0, None)
     for rows in x.split(batch_size):
         with Tape(projections) as tape:
             out = layer(rows)
@@ -103,8 +105,8 @@ def test_kron_is_the_full_curvature_of_one_layer_whose_logits_have_one_hessian()
     layer.weight.data.zero_()
     projections = [Projection("layer", layer)]
     posteriors, new = [], torch.randn(2, 4)
-    for structure, curvature_class in STRUCTURES.items():
-        curvature = curvature_class(projections, 0)
+    for structure in STRUCTURES:
+        curvature = build_curvature(structure, projections, 0, None)
         for rows in x.split(4):
             with Tape(projections) as tape:
                 logits = layer(rows)
@@ -162,7 +164,7 @@ def test_low_rank_factors_act_as_the_dense_matrix_that_they_stand_for():
     q1, q2 = torch.linalg.qr(torch.randn(4, 4)).Q, torch.linalg.qr(torch.randn(9, 9)).Q[:, :3]
     l1, l2 = torch.rand(4).double(), torch.rand(3).double()
     weights = nn.ParameterList([torch.randn(4, 9).double()])
-    posterior = _posterior_class("kron")(weights, "classification", prior_precision=0.2)
+    posterior = posterior_class("kron")(weights, "classification", prior_precision=0.2)
     posterior.take([[(q1, l1), (q2, l2)]])
     factors = [(q * value.float()) @ q.T for q, value in ((q1, l1), (q2, l2))]
     precision = torch.kron(*factors).double() + 0.2 * torch.eye(36)
@@ -270,7 +272,7 @@ def test_kronecker_factors_equal_curvlinops(classifier_flags):
         if "layer.1.attention.self.query" in name:
             continue  # the last layer's query matters at [CLS] only: we leave out the rest
         ours = torch.kron(
-            curvature.gradients[i].total, curvature.inputs[i].total / curvature.num_rows[i]
+            curvature.gradients[i].total, curvature.inputs[i].total / curvature.num_examples[i]
         )
         theirs = torch.kron(operator._gradient_covariances[name], operator._input_covariances[name])
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6 + 1e-4 * theirs.max().item())
@@ -294,8 +296,8 @@ def test_the_full_curvature_equals_curvlinops_and_has_the_diagonal(classifier_fl
         batch_size_fn=lambda inputs: inputs["input_ids"].shape[0],
     )
     expected = operator @ torch.eye(operator.shape[0])
-    full = FullCurvature(wrapper.projections, 0)
-    diagonal = DiagonalCurvature(wrapper.projections, 0)
+    full = FullCurvature(wrapper.projections)
+    diagonal = DiagonalCurvature(wrapper.projections)
     for curvature in (full, diagonal):
         tape, logits = recorded(wrapper, batch)
         curvature.add(tape, logits, softmax_hessian_root(logits))
@@ -329,7 +331,7 @@ def test_draws_of_the_logits_have_the_mean_and_the_covariance():
     root = torch.randn(2, 3, 3).double()
     root[1, :, 2] = 0.0  # singular
     mean, covariance = torch.randn(2, 3), root @ root.mT
-    drawn = _draws(mean, covariance, torch.randn(2, 200_000, 3).double()).double()
+    drawn = draw(mean, covariance, torch.randn(2, 200_000, 3).double()).double()
     torch.testing.assert_close(drawn.mean(1), mean.double(), atol=0.02, rtol=0)
     centred = drawn - drawn.mean(1, keepdim=True)
     torch.testing.assert_close(centred.mT @ centred / 200_000, covariance, atol=0.1, rtol=0.02)
@@ -344,7 +346,7 @@ def test_probit_is_near_the_exact_mean_of_two_classes():
     density = torch.exp(-grid.square() / 2) / math.sqrt(2 * math.pi)
     exact = (density * torch.sigmoid(1.2 + math.sqrt(variance) * grid)).sum() * (24 / 20000)
     exact = exact.item()
-    assert _probit(mean, covariance).softmax(-1)[0, 0].item() == pytest.approx(exact, abs=0.01)
+    assert probit(mean, covariance).softmax(-1)[0, 0].item() == pytest.approx(exact, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

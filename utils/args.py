@@ -322,7 +322,18 @@ def _settle_shared(args: Args, parser: Parser, adopts: bool) -> dict[str, Any]:
     for name in ("seed_data", "seed_sampling"):
         if getattr(args, name) is None:
             setattr(args, name, args.seed)
+    is_same = args.load_lora_path is not None and same_data_set(
+        args.dataset, trained.get("dataset")
+    )
+    args.adapter_hold_out = bool(
+        is_same and trained.get("hold_out") and not _changed_split(args, trained)
+    )
     return trained
+
+
+def _changed_split(args: Args, trained: Mapping[str, Any]) -> list[str]:
+    """The flags by which other rows are held out than those of the adapter's run."""
+    return [name for name in SPLIT_FLAGS if getattr(args, name) != trained.get(name)]
 
 
 def _check_required(args: Args, trained: Mapping[str, Any]) -> None:
@@ -415,7 +426,7 @@ def _settle_hold_out(args: Args, trained: dict[str, Any]) -> None:
     wanted = bool(args.hold_out or flag is not None)
     if args.load_lora_path is not None and same_data_set(args.dataset, trained.get("dataset")):
         held_out = trained.get("hold_out", False)
-        changed = [name for name in SPLIT_FLAGS if getattr(args, name) != trained.get(name)]
+        changed = _changed_split(args, trained)
         if wanted and not held_out:
             raise UsageError(
                 "rows that were not trained on are needed (--temperature-scaling, --calibrate, "

@@ -314,10 +314,13 @@ def flag_value(action: argparse.Action, value: Any, where: str) -> Any:
             return None
         refuse("needs a value")
     values = value if isinstance(value, list) else [value]
-    if isinstance(value, list) != (action.nargs in ("+", "*")):
+    exactly = action.nargs if isinstance(action.nargs, int) and action.nargs > 1 else None
+    if isinstance(value, list) != (exactly is not None or action.nargs in ("+", "*")):
         refuse("takes one value" if isinstance(value, list) else "takes a list")
     if not values:
         refuse("takes a list of at least one")
+    if exactly is not None and len(values) != exactly:
+        refuse(f"takes {exactly} values")
     converted = [_converted(action, item, refuse) for item in values]
     return converted if isinstance(value, list) else converted[0]
 

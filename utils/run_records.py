@@ -184,7 +184,7 @@ FREE_FLAGS = {
     *("resume", "overwrite", "config", "tracker", "nowand", "save_per_steps", "device"),
     *("wandb_entity", "wandb_project", "wandb_name", "output_dir", "log_path", "checkpoint_name"),
     *("eval_batch_size", "gradient_checkpointing", "prefix_cache"),  # of a full memory
-    "adapter_dataset",  # follows from --load-lora-path
+    *("adapter_dataset", "adapter_hold_out"),  # follow from --load-lora-path
 }
 
 

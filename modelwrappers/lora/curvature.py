@@ -7,11 +7,9 @@ token t and class c, the gradient $g_{ntc}$ of a projection's output, and with i
 
 - the Jacobian of each example, $J_{nc} = \sum_t g_{ntc} a_{nt}^\top$, of the shape of the weight;
 - the generalised Gauss-Newton matrix $\sum_n J_n^\top \Lambda_n J_n$,
-  $\Lambda_n = \mathrm{diag}(p_n) - p_n p_n^\top$: whole, its diagonal, or Kronecker-factored as in
-  KFAC-reduce (Martens and Grosse, arXiv 1503.05671; Eschenhagen et al., arXiv 2311.00636), the
-  variant for one loss per sequence:
-  $\big(\sum_n \tilde g_n \tilde g_n^\top\big) \otimes \big(\frac1N \sum_n a_n a_n^\top\big)$
-  with $\tilde g_n$ the sum and $a_n$ the mean over the tokens that some logit depends on.
+  $\Lambda_n = \mathrm{diag}(p_n) - p_n p_n^\top$: whole, its diagonal, or Kronecker-factored
+  (Martens and Grosse, arXiv 1503.05671), in one of the three ways of `KronCurvature` to treat a
+  row's tokens (Eschenhagen et al., arXiv 2311.00636; Yang et al., arXiv 2308.13111).
 
 functorch cannot do this on bitsandbytes layers, and KFAC libraries count padding tokens.
 """
@@ -200,55 +198,92 @@ class GramSum:
 
 
 class KronCurvature:
-    """Two Gram sums per projection: of gradients and of inputs."""
+    r"""Two Gram sums per projection: B of gradients and A of inputs, whose Kronecker product is H.
 
-    def __init__(self, projections: list[Projection], rank: int) -> None:
+    With $g_{nt}$ (for each column of the root of $\Lambda_n$) and $a_{nt}$ at token t of row n:
+
+    - `reduce`, KFAC-reduce, for one loss per row: $B = \sum_n \tilde g_n \tilde g_n^\top$,
+      $A = \frac1N \sum_n \bar a_n \bar a_n^\top$, with $\tilde g_n$ the sum and $\bar a_n$ the mean
+      over the tokens that some class logit depends on; N counts the rows that have any.
+    - `expand`, KFAC-expand, where every token is an example: $B = \sum_{nt} g_{nt} g_{nt}^\top$,
+      $A = \frac1M \sum_{nt} a_{nt} a_{nt}^\top$ over the M tokens that some logit depends on.
+    - `published`, as the code of arXiv 2308.13111 computes them: the same B, but
+      $A = \frac1N \sum_{nt} a_{nt} a_{nt}^\top$ over all T tokens, padding included, so that H is
+      about T times that of `expand`, and depends on how rows were batched. Factors are dense.
+
+    The first two are of arXiv 2311.00636; tokens that no logit depends on are left out here.
+
+    Args:
+        rank: of factors wider than twice as much; 0 for no limit, and always with `published`.
+        sharing: `reduce`, `expand` or `published`.
+    """
+
+    def __init__(self, projections: list[Projection], rank: int, sharing: str = "reduce") -> None:
+        self.sharing = sharing
+        rank = 0 if sharing == "published" else rank
         device = projections[0].weight.device
         shapes = [projection.weight.shape for projection in projections]
         self.gradients = [GramSum(out, rank, device) for out, _ in shapes]
         self.inputs = [GramSum(width, rank, device) for _, width in shapes]
-        self.num_rows = torch.zeros(len(shapes), device=device)
+        self.num_examples = torch.zeros(len(shapes), device=device)  # what A is a mean over
 
-    def add(self, tape: Tape, logits: Tensor, root: Tensor) -> None:
+    def add(self, tape: Tape, logits: Tensor, root: Tensor, new: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            tape: of its forward.
+            logits: (B, C), with gradients.
+            root: of the Hessian of the NLL in the logits, (B, C, K); 0 for rows that do not count.
+            new: 1 for rows that count, (B,); None: all do. Where the root is 0 a row adds nothing
+                to B, but its tokens would add to `published`'s A.
+        """
         inputs = tape.inputs()
         reached = [torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device) for a in inputs]
         for gradients in tape.pull_back(logits, root):
             for i, g in enumerate(gradients):
-                self.gradients[i].add(g.sum(1))
+                self.gradients[i].add(g.sum(1) if self.sharing == "reduce" else g.flatten(0, 1))
                 reached[i] |= (g != 0).any(-1)
         for i, (a, tokens) in enumerate(zip(inputs, reached, strict=True)):
-            number = tokens.sum(1, keepdim=True)  # (B, 1)
-            mean = (a * tokens.unsqueeze(-1)).sum(1) / number.clamp(min=1)
-            has_any = number[:, 0] > 0
-            self.inputs[i].add(mean[has_any])
-            self.num_rows[i] += has_any.sum()
+            if self.sharing == "reduce":
+                number = tokens.sum(1, keepdim=True)  # (B, 1)
+                mean = (a * tokens.unsqueeze(-1)).sum(1) / number.clamp(min=1)
+                has_any = number[:, 0] > 0
+                self.inputs[i].add(mean[has_any])
+                self.num_examples[i] += has_any.sum()
+            elif self.sharing == "expand":
+                self.inputs[i].add(a[tokens])
+                self.num_examples[i] += tokens.sum()
+            else:
+                rows = a if new is None else a[new > 0]
+                self.inputs[i].add(rows.flatten(0, 1))
+                self.num_examples[i] += len(rows)
 
     def tensors(self) -> list[Tensor]:
         """What adds up over processes."""
         return [
-            self.num_rows,
+            self.num_examples,
             *(gram.total for grams in (self.gradients, self.inputs) for gram in grams),
         ]
 
     def blocks(self) -> list[Block]:
         """Per projection (eigenvectors, eigenvalues) of the gradients' and the inputs' factor."""
         result = []
-        for gradients, inputs, rows in zip(
-            self.gradients, self.inputs, self.num_rows.clamp(min=1), strict=True
+        for gradients, inputs, number in zip(
+            self.gradients, self.inputs, self.num_examples.clamp(min=1), strict=True
         ):
             vectors, values = inputs.eigen()
-            result.append([gradients.eigen(), (vectors, values / rows)])
+            result.append([gradients.eigen(), (vectors, values / number)])
         return result
 
 
 class FullCurvature:
     """The whole Gauss-Newton matrix over all parameters, (P, P)."""
 
-    def __init__(self, projections: list[Projection], rank: int) -> None:
+    def __init__(self, projections: list[Projection]) -> None:
         number = sum(projection.weight.numel() for projection in projections)
         self.gram = GramSum(number, 0, projections[0].weight.device)
 
-    def add(self, tape: Tape, logits: Tensor, root: Tensor) -> None:
+    def add(self, tape: Tape, logits: Tensor, root: Tensor, new: Tensor | None = None) -> None:
         inputs = tape.inputs()
         for gradients in tape.pull_back(logits, root):
             self.gram.add(per_example(gradients, inputs))
@@ -263,11 +298,11 @@ class FullCurvature:
 class DiagonalCurvature:
     """The diagonal of the Gauss-Newton matrix, (P,)."""
 
-    def __init__(self, projections: list[Projection], rank: int) -> None:
+    def __init__(self, projections: list[Projection]) -> None:
         number = sum(projection.weight.numel() for projection in projections)
         self.total = torch.zeros(number, device=projections[0].weight.device)
 
-    def add(self, tape: Tape, logits: Tensor, root: Tensor) -> None:
+    def add(self, tape: Tape, logits: Tensor, root: Tensor, new: Tensor | None = None) -> None:
         inputs = tape.inputs()
         for gradients in tape.pull_back(logits, root):
             self.total += per_example(gradients, inputs).square().sum(0)
@@ -280,7 +315,18 @@ class DiagonalCurvature:
         return [[(torch.empty(0), self.total.double())]]
 
 
-CURVATURES = {"kron": KronCurvature, "diag": DiagonalCurvature, "full": FullCurvature}
+STRUCTURES = ("diag", "full", "kron")
+SHARINGS = ("reduce", "expand", "published")
+Curvature = KronCurvature | FullCurvature | DiagonalCurvature
+
+
+def build_curvature(
+    structure: str, projections: list[Projection], rank: int, sharing: str | None
+) -> Curvature:
+    """An empty sum of one of `STRUCTURES`; rank and sharing are of Kronecker factors."""
+    if structure == "kron":
+        return KronCurvature(projections, rank, sharing or "reduce")
+    return {"diag": DiagonalCurvature, "full": FullCurvature}[structure](projections)
 
 
 # --- on disk --------------------------------------------------------------------------------------
