@@ -263,7 +263,7 @@ class Job:
             self._rows += predictions.index.tolist()
             return records
         own = None if predictions.num_draws is None else predictions.num_draws.numpy()
-        scores, _ = row_scores(draws, args.by, args.seed, own, predictions.index.tolist())
+        scores = row_scores(draws, args.by, args.seed, own, predictions.index.tolist())
         return [
             record | {"score": float(score)} for record, score in zip(records, scores, strict=True)
         ]

@@ -93,6 +93,24 @@ def test_every_format_gives_the_same_answers(posterior, rows, tmp_path, capsys, 
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
 
 
+def test_rows_are_chosen_at_random_where_no_row_has_mutual_information(
+    tiny_bert, data_dir, rows, tmp_path
+):
+    """B of an adapter begins at 0, so all draws are the same: powerbald's weights are all 0."""
+    flags = [
+        *("--dataset-type", "bertds", "--dataset", "bbc_headlines", "--model", tiny_bert),
+        *("--data-dir", data_dir, "--output-dir", str(tmp_path), "--nowand", "--device", "cpu"),
+        *("--modelwrapper", "blob", "--max-train-steps", "1", "--lr", "1e-30"),
+    ]
+    main.main(flags)
+    chosen = []
+    for seed in ("1", "2"):
+        more = ("--acquire", "5", "--by", "powerbald", "--seed", seed, "--window", "11")
+        assert call(run_folder(flags), rows, tmp_path / "out.jsonl", *more) == 0
+        chosen.append([record["row"] for record in read(tmp_path / "out.jsonl")])
+    assert chosen[0] != chosen[1] and len(set(chosen[0])) == 5
+
+
 def test_labels_are_scored_and_rows_without_one_are_not(posterior, tmp_path, capsys):
     rows = topic_rows(37, seed=1)
     for row in rows[5:20]:
