@@ -236,13 +236,15 @@ class Job:
         self, window: list[tuple[dict, dict | None, str | None]], start: int
     ) -> list[dict[str, Any]]:
         """One record per row of a window; bad rows have their reason."""
-        from modelwrappers.engine.answers import Answers, predict_window
+        from modelwrappers.engine.answers import Answers, keys_of, predict_window
 
         examples = [example for _, example, _ in window if example is not None]
         answers: Iterator[dict[str, Any]] = iter(())
         if examples:
             predictions = predict_window(self.posterior, examples)
-            found = Answers.of(predictions).records(self.posterior.answers, *self.rules)
+            found = Answers.of(predictions).records(
+                self.posterior.answers, *self.rules, keys_of(examples)
+            )
             answers = iter(self._scored(found, predictions))
         return [
             {"row": start + i, "input": _jsonable(row)}
