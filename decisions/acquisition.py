@@ -48,6 +48,7 @@ OF_INFORMATION = ("bald", "batchbald", "powerbald")
 CONFIGURATIONS = 4096  # of a batch's labels that are enumerated, or else sampled
 NEAR_CAP = 0.9  # of log N
 ROUNDING = 1e-12  # of a mutual information that is 0
+NO_INFORMATION = 1e-300  # its weight by powerbald: behind all others, and chance decides among them
 
 
 class Acquired(NamedTuple):
@@ -55,9 +56,9 @@ class Acquired(NamedTuple):
 
     Attributes:
         indices: (k,)
-        scores: (k,) what each was chosen by: the criterion; of `powerbald` with its noise (-inf for
-            a row without mutual information); of `batchbald` what the row adds to the mutual
-            information of those before it, nats; of `random` random numbers.
+        scores: (k,) what each was chosen by, all finite: the criterion; of `powerbald` with its
+            noise (for a row without mutual information about -690); of `batchbald` what the row
+            adds to the mutual information of those before it, nats; of `random` random numbers.
     """
 
     indices: Int[np.ndarray, " k"]
@@ -107,9 +108,8 @@ def acquire(
             )
         rng = np.random.default_rng(mix_seed("acquisition", seed))
         return _batch(draws[:, :most], k, rng, configurations)
-    scores, noise = row_scores(draws, by, seed, num_draws, keys)
-    # the noise again, for rows that have no mutual information: chance decides among them as well
-    chosen = np.lexsort((-noise, -scores))[:k]
+    scores = row_scores(draws, by, seed, num_draws, keys)
+    chosen = np.argsort(-scores, kind="stable")[:k]
     if by in OF_INFORMATION:
         information = _single_scores(draws, by, num_draws)
         fullest = int(np.argmax(information / mutual_information_cap(num_draws)))
@@ -150,21 +150,20 @@ def row_scores(
     seed: int = 0,
     num_draws: Counts | None = None,
     keys: Keys | None = None,
-) -> tuple[Values, Values]:
-    """What each row is worth by itself, and the noise in that, (n,); not of `batchbald`.
+) -> Values:
+    """What each row is worth by itself, (n,), all finite; not of `batchbald`.
 
-    Neither depends on the other rows, so a pool may be scored in parts. See `acquire`.
+    It does not depend on the other rows, so a pool may be scored in parts. See `acquire`.
     """
     n = len(draws)
     uniform = row_uniforms(f"acquisition by {by}", seed, check_keys(keys, n))
     if by == "random":
-        return uniform, np.zeros(n)
+        return uniform
     scores = _single_scores(draws, by, num_draws)
     if by != "powerbald":
-        return scores, np.zeros(n)
-    with np.errstate(divide="ignore"):
-        noise = -np.log(-np.log(uniform))  # Gumbel's; -inf for a uniform number of 0
-        return np.log(np.where(scores > ROUNDING, scores, 0.0)) + noise, noise
+        return scores
+    noise = -np.log(-np.log(np.maximum(uniform, 2.0**-54)))  # Gumbel's; uniform may be 0
+    return np.log(np.where(scores > ROUNDING, scores, NO_INFORMATION)) + noise
 
 
 def _single_scores(draws: Draws, by: Criterion, num_draws: Counts | None) -> Values:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import entr
 
 from decisions import conformal, selective
+from decisions.checks import Keys
 from decisions.conformal import ConformalThresholds
 from decisions.selective import SelectiveRule
 from utils.errors import UsageError, quoted
@@ -116,11 +117,9 @@ class SetRule(NamedTuple):
     thresholds: ConformalThresholds
     coverage: float
 
-    def __call__(
-        self, predictive: Float[np.ndarray, "n C"], index: Int[np.ndarray, " n"]
-    ) -> Bool[np.ndarray, "n C"]:
+    def __call__(self, predictive: Float[np.ndarray, "n C"], keys: Keys) -> Bool[np.ndarray, "n C"]:
         """Which answers each row's set has; none is empty."""
-        return conformal.sets(predictive, self.thresholds, self.coverage, index.tolist())
+        return conformal.sets(predictive, self.thresholds, self.coverage, keys)
 
     def promise(self) -> str:
         """What the sets are worth, and on what condition."""
@@ -147,11 +146,11 @@ class AnswerRule(NamedTuple):
         self,
         predictive: Float[np.ndarray, "n C"],
         mutual_information: Float[np.ndarray, " n"],
-        index: Int[np.ndarray, " n"],
+        keys: Keys,
     ) -> Bool[np.ndarray, " n"]:
         """Whether each row is."""
         scores = confidences(predictive, mutual_information, self.by)
-        return selective.answered(scores, self.rule, index.tolist())
+        return selective.answered(scores, self.rule, keys)
 
     def promise(self) -> str:
         """What the answers are worth, and on what condition."""

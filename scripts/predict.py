@@ -237,13 +237,15 @@ class Job:
         self, window: list[tuple[dict, dict | None, str | None]], start: int
     ) -> list[dict[str, Any]]:
         """One record per row of a window; bad rows have their reason."""
-        from modelwrappers.engine.answers import Answers, predict_window
+        from modelwrappers.engine.answers import Answers, keys_of, predict_window
 
         examples = [example for _, example, _ in window if example is not None]
         answers: Iterator[dict[str, Any]] = iter(())
         if examples:
             predictions = predict_window(self.posterior, examples)
-            found = Answers.of(predictions).records(self.posterior.answers, *self.rules)
+            found = Answers.of(predictions).records(
+                self.posterior.answers, *self.rules, keys_of(examples)
+            )
             answers = iter(self._scored(found, predictions))
         return [
             {"row": start + i, "input": _jsonable(row)}
@@ -264,7 +266,7 @@ class Job:
             self._rows += predictions.index.tolist()
             return records
         own = None if predictions.num_draws is None else predictions.num_draws.numpy()
-        scores, _ = row_scores(draws, args.by, args.seed, own, predictions.index.tolist())
+        scores = row_scores(draws, args.by, args.seed, own, predictions.index.tolist())
         return [
             record | {"score": float(score)} for record, score in zip(records, scores, strict=True)
         ]

@@ -145,7 +145,8 @@ def test_powerbald_takes_rows_without_information_last_and_by_chance():
     found = [acquire(draws, 6, "powerbald", seed) for seed in range(60)]
     assert all(set(f.indices[:3]) == {0, 1, 5} for f in found)
     assert {f.indices[3] for f in found} == {2, 3, 4}
-    assert all((f.scores[3:] == -np.inf).all() for f in found)
+    for f in found:  # finite, so that they can be written out
+        assert np.isfinite(f.scores).all() and f.scores[3] < f.scores[2] - 100
 
 
 def test_random_takes_every_row_equally_often():

@@ -111,6 +111,21 @@ def test_a_file_of_rows_gets_the_sets_and_the_answered_share(score, flags, tmp_p
     assert f"In its set is the label of {covered:.3f} [" in told
 
 
+def test_rows_that_come_one_by_one_get_the_sets_that_they_get_together(flags):
+    """And not all of them the random number of a first row, which has a coverage of its own."""
+    flags = [*flags, *MAP, "--calibrate", "auto", "--max-train-steps", "3"]
+    main.main(flags)
+    posterior = load_posterior(run_folder(flags), device="cpu")
+    asked = {"coverage": 0.5, "set_score": "aps"}
+    texts = {row["text"]: row for row in rows(40)}
+    together = posterior.answer(texts.values(), **asked)
+    backwards = posterior.answer(reversed(texts.values()), **asked)[::-1]
+    single = [posterior.answer([row], **asked)[0] for row in texts.values()]
+    assert len({len(a["set"]) for a in together}) > 1
+    assert [a["set"] for a in together] == [a["set"] for a in backwards]
+    assert [a["set"] for a in together] == [a["set"] for a in single]
+
+
 def test_a_temperature_is_part_of_the_calibration(flags):
     flags = [*flags, *MAP, "--calibrate", "auto", "--temperature-scaling"]
     main.main(flags)

@@ -15,6 +15,7 @@ from conftest import ROOT, run_folder, topic_rows, write_jsonl
 from safetensors.torch import load_file
 
 import main
+from dataset.files import read_rows
 from scripts import predict
 
 BLOB = ["--modelwrapper", "blob", "--max-train-steps", "4", "--bayes-eps", "0.5"]
@@ -91,6 +92,35 @@ def test_every_format_gives_the_same_answers(posterior, rows, tmp_path, capsys, 
     monkeypatch.setattr(sys, "stdin", stdin)
     assert call(posterior, "-", "-", "--rows-format", "txt") == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
+
+
+def test_rows_are_chosen_at_random_where_no_row_has_mutual_information(
+    tiny_bert, data_dir, rows, tmp_path
+):
+    """B of an adapter begins at 0, so all draws are the same: powerbald's weights are all 0."""
+    flags = [
+        *("--dataset-type", "bertds", "--dataset", "bbc_headlines", "--model", tiny_bert),
+        *("--data-dir", data_dir, "--output-dir", str(tmp_path), "--nowand", "--device", "cpu"),
+        *("--modelwrapper", "blob", "--max-train-steps", "1", "--lr", "1e-30"),
+    ]
+    main.main(flags)
+    chosen = []
+    for seed in ("1", "2"):
+        more = ("--acquire", "5", "--by", "powerbald", "--seed", seed, "--window", "11")
+        assert call(run_folder(flags), rows, tmp_path / "out.jsonl", *more) == 0
+        chosen.append([record["row"] for record in read(tmp_path / "out.jsonl")])
+    assert chosen[0] != chosen[1] and len(set(chosen[0])) == 5
+
+
+def test_a_line_end_inside_of_a_cell_ends_no_row_of_a_csv(posterior, tmp_path):
+    texts = ["a\rbank", "a\nbank", "a\r\nbank", 'a "bank"', "=bank;1", "bank"]
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    assert call(posterior, tmp_path / "rows.jsonl", tmp_path / "out.csv") == 0
+    with open(tmp_path / "out.csv", newline="") as file:
+        assert [row["input.text"] for row in csv.DictReader(file, strict=True)] == texts
+    found = [row["input.text"] for _, row in read_rows(tmp_path / "out.csv", "--rows")]
+    assert found == texts, "and by the reader of this project"
+    assert not (tmp_path / "out.csv").read_bytes().endswith(b"\r\n")
 
 
 def test_labels_are_scored_and_rows_without_one_are_not(posterior, tmp_path, capsys):

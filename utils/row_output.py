@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from utils.errors import UsageError, quoted
 from utils.files import (
@@ -209,10 +209,23 @@ def _write_jsonl(path: Path, records: Records) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+class _LineFeeds:
+    """A file that gets each row of a CSV with a line feed alone at its end."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: str) -> None:
+        """Called once per row."""
+        self._file.write(row.removesuffix("\r\n") + "\n")
+
+
 def _write_csv(path: Path, records: Records) -> None:
     columns = _columns(records)
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        # The csv module quotes a cell for a character of the line's end, and for no other end: a
+        # carriage return inside of a cell would end the row for most readers, ours among them.
+        writer = csv.DictWriter(_LineFeeds(file), columns, restval="", lineterminator="\r\n")
         writer.writeheader()
         writer.writerows(map(flat, records()))
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from decisions.calibration import AnswerRule, Calibration, SetRule, Wanted
 from decisions.calibration import wanted as wishes
+from decisions.checks import Keys
 from decisions.information import mutual_information, summarise
 from modelwrappers.engine.adaptive import Settling
 from modelwrappers.engine.prediction import Batch, Predictions, predict
@@ -97,6 +98,7 @@ class Answers(NamedTuple):
         answers: Sequence[str],
         set_rule: SetRule | None = None,
         answer_rule: AnswerRule | None = None,
+        keys: Keys | None = None,
     ) -> list[dict[str, Any]]:
         """One dict per row, ready for JSON.
 
@@ -104,13 +106,15 @@ class Answers(NamedTuple):
             answers: the C choices, in label order.
             set_rule: makes `set`, the row's set of answers, the most probable one first.
             answer_rule: makes `answered`, whether the answer should be given.
+            keys: of the rows, for the rules' random numbers (`keys_of`); None: the index.
         """
         found = self.predictive.argsort(1)[:, ::-1]  # (n, C), the most probable one first
         information = self.mutual_information
-        sets = set_rule(self.predictive, self.index) if set_rule is not None else None
+        keys = self.index.tolist() if keys is None else keys
+        sets = set_rule(self.predictive, keys) if set_rule is not None else None
         answered = None
         if answer_rule is not None:
-            answered = answer_rule(self.predictive, information, self.index)
+            answered = answer_rule(self.predictive, information, keys)
         records = []
         for i, p in enumerate(self.predictive):
             record: dict[str, Any] = {
@@ -161,6 +165,16 @@ def predict_window(
         if n_samples is None and wrapper.settling is not None:
             return predict(wrapper, loader, wrapper.final_draws(), wrapper.settling)
         return wrapper.predict(loader, **({} if n_samples is None else {"n_samples": n_samples}))
+
+
+def keys_of(examples: Iterable[dict[str, Any]]) -> list[str]:
+    """What a row's random numbers are a function of, besides the seed: its tokens.
+
+    Not its place: rows that come one by one all have the first place, and would share one number.
+    Their randomised sets would then have the coverage of that number, which may be far from the
+    one that is promised.
+    """
+    return [" ".join(map(str, example["input_ids"])) for example in examples]
 
 
 @contextmanager
@@ -287,5 +301,5 @@ class RowAnswers:
         for start in range(0, len(examples), WINDOW):
             window = examples[start : start + WINDOW]
             answers = Answers.of(predict_window(self, window, n_samples))
-            records += answers.records(self.answers, *rules)
+            records += answers.records(self.answers, *rules, keys_of(window))
         return records
