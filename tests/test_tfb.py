@@ -315,7 +315,7 @@ def test_a_search_that_ends_at_an_end_of_its_range_says_so(search, rule, capsys)
     _, sigma = search(lambda s: factor * (0.001 if s < 0.0012 else 1.0), *flags)
     told = capsys.readouterr().out
     assert "lower end of its range" in told and "nearly the adapter itself" in told
-    assert "Raise --th (0.003), or pass --tfb-anchors held-out." in told
+    assert "A larger --th (0.003)" in told
     assert sigma == (pytest.approx(0.001 + 0.014 / 2**5) if rule == "published" else 0.001)
     search(lambda s: factor * (0.001 if s < 0.006 else 1.0), *flags)
     assert "end of its range" not in capsys.readouterr().out
