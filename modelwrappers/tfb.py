@@ -370,16 +370,14 @@ class TFB(GaussianPosterior, WrapperBase):
                 max(step["change"] for step in self.search),
             )
         elif low == SMALLEST_SIGMA:
-            remedy = "" if self.anchors == "held-out" else ", or pass --tfb-anchors held-out"
             logger.warning(
                 "TFB: the search ended at the lower end of its range, sigma_q = %.5g: no sigma "
                 "tried above %g changes the anchors by %.4g or less, so the posterior is nearly "
-                "the adapter itself. Raise --th (%g)%s.",
+                "the adapter itself. A larger --th (%g) lets it leave.",
                 sigma,
                 SMALLEST_SIGMA,
                 limit,
                 self.tolerance,
-                remedy,
             )
 
 

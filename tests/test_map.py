@@ -77,7 +77,7 @@ def test_at_the_optimum_the_prior_balances_the_likelihood(causal_flags):
 
 def test_a_large_precision_keeps_the_prior_mean(causal_flags):
     """The limit of lambda, under AdamW: it sees the prior as part of the gradient."""
-    flags = [*causal_flags, *MAP_FLAGS, "--max-train-steps", "60"]
+    flags = [*causal_flags, *MAP_FLAGS, "--max-train-steps", "40", "--lr", "2e-2"]
     distance = {}
     for mean, precision in (("init", 1e-6), ("init", 1e7), ("zero", 1e7)):
         prior = ["--prior-precision", str(precision), "--prior-mean", mean]
@@ -87,7 +87,8 @@ def test_a_large_precision_keeps_the_prior_mean(causal_flags):
         gaps = [(p.detach() - centre[n]).abs().max() for n, p in matrices(wrapper).items()]
         distance[mean, precision] = max(gaps).item()
     assert distance["init", 1e-6] > 0.1
-    assert distance["init", 1e7] < 0.01 and distance["zero", 1e7] < 0.01
+    # A starts up to 0.18 from the origin; AdamW's last steps are of the learning rate's size
+    assert distance["init", 1e7] < 0.03 and distance["zero", 1e7] < 0.03
 
 
 def test_without_a_precision_map_without_decay_is_mle_bit_for_bit(causal_flags):

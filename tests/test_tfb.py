@@ -232,6 +232,7 @@ def test_tfb_without_an_adapter_is_an_error(causal_flags):
 # --- the search, on changes that are known ------------------------------------------------------
 
 ANCHORS = 20
+SHORT = ("--max-train-steps", "2", "--limit-eval", "6")  # B must be something, no more
 
 
 @pytest.fixture
@@ -242,7 +243,9 @@ def search(causal_flags, monkeypatch):
     adapter = []
 
     def searched(change, *flags):
-        adapter.extend([] if adapter else trained(causal_flags))  # here: capsys does not see setups
+        adapter.extend(
+            [] if adapter else trained(causal_flags, *SHORT)
+        )  # here: capsys does not see setups
         _, _, wrapper = build([*adapter, *flags])
 
         def predict(loader, n_samples):
@@ -312,7 +315,7 @@ def test_a_search_that_ends_at_an_end_of_its_range_says_so(search, rule, capsys)
     _, sigma = search(lambda s: factor * (0.001 if s < 0.0012 else 1.0), *flags)
     told = capsys.readouterr().out
     assert "lower end of its range" in told and "nearly the adapter itself" in told
-    assert "Raise --th (0.003), or pass --tfb-anchors held-out." in told
+    assert "A larger --th (0.003)" in told
     assert sigma == (pytest.approx(0.001 + 0.014 / 2**5) if rule == "published" else 0.001)
     search(lambda s: factor * (0.001 if s < 0.006 else 1.0), *flags)
     assert "end of its range" not in capsys.readouterr().out
@@ -322,7 +325,7 @@ def test_a_search_that_ends_at_an_end_of_its_range_says_so(search, rule, capsys)
 
 
 def test_held_out_anchors_are_rows_that_the_adapter_has_not_seen(causal_flags):
-    flags = trained(causal_flags, "--hold-out")
+    flags = trained(causal_flags, *SHORT, "--hold-out")
     flags += ["--th", "0.5", "--tfb-anchors", "held-out", "--anchor-size", "5"]
     _, dataset, wrapper = build(flags)
     looked_at = set()
@@ -343,7 +346,11 @@ def test_held_out_anchors_are_rows_that_the_adapter_has_not_seen(causal_flags):
 
 
 def test_rows_that_calibrate_are_no_anchors(causal_flags):
-    flags = [*trained(causal_flags, "--hold-out", "--held-out", "0.4"), "--calibrate", "auto"]
+    flags = [
+        *trained(causal_flags, *SHORT, "--hold-out", "--held-out", "0.4"),
+        "--calibrate",
+        "auto",
+    ]
     flags += ["--tfb-anchors", "held-out"]
     args, dataset, _ = build(flags)
     assert args.calibrate == "half"
@@ -354,7 +361,7 @@ def test_rows_that_calibrate_are_no_anchors(causal_flags):
 
 
 def test_an_adapter_that_has_seen_all_rows_has_no_held_out_anchors(causal_flags):
-    flags = [*trained(causal_flags), "--tfb-anchors", "held-out"]
+    flags = [*trained(causal_flags, *SHORT), "--tfb-anchors", "held-out"]
     with pytest.raises(UsageError, match=r"--tfb-anchors held-out.*train it with --hold-out"):
         main.parse_args(flags)
     main.parse_args([*flags, "--iter", "0"])  # no anchor is looked at
@@ -429,7 +436,7 @@ def test_before_a_sigma_is_found_there_is_no_noise(causal_flags):
 
 
 def test_a_record_of_before_says_nothing_of_anchors_and_source(causal_flags):
-    flags = [*trained(causal_flags), "--th", "0.5"]
+    flags = [*trained(causal_flags, *SHORT), "--th", "0.5"]
     main.main(flags)
     file = run_folder(flags) / "bayes_config.json"
     record = json.loads(file.read_text())
