@@ -258,7 +258,8 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=text,
         metavar="NAME",
-        help="shifted data to evaluate the posterior on",
+        help="shifted data to evaluate the posterior on; NAME:noisy:K has errors in its text, of "
+        "strength K from 1 to 5",
     )
     evaluation.add_argument(
         "--ood-ori-dataset",
