@@ -1,5 +1,6 @@
 """p-values of differences, Holm's correction and power, against closed forms."""
 
+import copy
 import csv
 import io
 import json
@@ -100,6 +101,15 @@ def test_what_a_table_says_of_its_power_grows_with_the_examples(reports):
         assert text in " ".join(markdown(report, MADE).replace("\n", " ").split())
     (few, few_holm), (many, many_holm) = shares
     assert few < many and few_holm < few and many_holm < many
+
+
+def test_a_metric_in_which_no_row_differs_is_left_out_of_what_is_said_of_power(reports):
+    family = copy.deepcopy(reports[0].families[0])
+    for row in family.rows[1:]:
+        cell = row.cells["acc"]
+        row.cells["acc"] = cell._replace(difference=cell.difference._replace(error=0.0))
+    text = power_note(family)
+    assert "in ECE" in text and "in NLL" in text and "in ACC" not in text
 
 
 def test_only_what_holds_for_all_rows_together_is_bold(reports):

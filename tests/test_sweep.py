@@ -19,6 +19,7 @@ from safetensors import safe_open
 import main
 from report.ranking import TIED, Scored, rank
 from scripts import sweep
+from utils import candidates
 from utils.errors import UsageError
 
 GRID = ["--grid", "lr=1e-2,1e-5", "--seeds", "1", "2"]
@@ -186,7 +187,7 @@ def test_grid_and_list_are_combined(tmp_path):
 
 def test_two_candidates_never_share_a_folder():
     texts = [["--a=b", "--c=d"], ["--a=b,c=d"], ["--a=b/c"], ["--a=b_c"], ["--a=b?c"], ["--a", "b"]]
-    names = [sweep.name_of(words) for words in [*texts, ["--a=" + "x" * 500]]]
+    names = [candidates.name_of(words) for words in [*texts, ["--a=" + "x" * 500]]]
     assert len(set(names)) == len(names)
     assert all(len(name) < 255 and "/" not in name and name[0] != "." for name in names)
 
@@ -275,7 +276,7 @@ def test_a_list_says_settings_and_nothing_else(line, tmp_path):
     file = tmp_path / "list.txt"
     file.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(UsageError, match="--list"):
-        list(sweep.listed(file))
+        list(candidates.listed(file))
 
 
 def test_the_calls_in_the_docs_are_right_ones():
