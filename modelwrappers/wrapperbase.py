@@ -9,7 +9,7 @@ is kept of them (`results`), folder and hub (`posterior`).
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,20 +29,21 @@ from modelwrappers.engine import (
     results,
     training,
 )
-from modelwrappers.engine.adaptive import FIRST_STAGE, Settling
+from modelwrappers.engine.adaptive import Settling
 from modelwrappers.engine.answers import RowAnswers
 from modelwrappers.engine.logits import ClassLogits
+from modelwrappers.engine.method_flags import check_method_flags
 from modelwrappers.engine.posterior import PosteriorRecord
 from modelwrappers.engine.prediction import Batch, Predictions
 from modelwrappers.engine.prefix import check_prefix
 from modelwrappers.lora.backbone import facts_of, settle_generate
 from modelwrappers.lora.blocks import find_blocks
 from modelwrappers.lora.exact_4bit import use_exact_4bit
-from modelwrappers.lora.heads import head_roots, train_head_under_lora
+from modelwrappers.lora.heads import TrainedHead, head_roots, train_head_under_lora
 from modelwrappers.lora.sharding import shard_base, shards_base
 from modelwrappers.lora.stochastic import RHO
 from utils.args import Args, check_own_data, check_settings, settings_of
-from utils.errors import RunError, UsageError, quoted
+from utils.errors import RunError, UsageError
 from utils.metrics import Metrics, posterior_predictive, score
 from utils.optim import build_optimizer, linear_schedule
 from utils.records import Record, as_record
@@ -52,7 +53,7 @@ from utils.seeding import mix_seed
 from utils.table_task import TableTask
 
 
-class WrapperBase(ClassLogits, RowAnswers, PeftModel):
+class WrapperBase(ClassLogits, RowAnswers, TrainedHead, PeftModel):
     """A LoRA model with a training loop, an evaluation and a posterior.
 
     Subclasses that are point estimates need nothing; Bayesian ones override `sampling` so that the
@@ -162,31 +163,7 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
             UsageError: one of them is given to a method that cannot.
         """
         cls.check_arguments(args)
-        tunes = cls.tunes_on_held_out(args)
-        if args.calibrate == "auto":
-            args.calibrate = "half" if tunes else "all"
-        if args.calibrate != "no" and args.draws_adaptive:
-            raise UsageError(
-                f"--calibrate {args.calibrate}: sets and risks are promised for a fixed number of "
-                "draws, but --draws-adaptive gives rows different ones; drop one of them."
-            )
-        if args.calibrate == "all" and tunes:
-            raise UsageError(
-                "--calibrate all takes all held-out rows, but a temperature, a prior precision or "
-                "a noise is chosen by them, too; pass --calibrate half, or auto."
-            )
-        if args.draws_adaptive and args.bayes_eval_n_samples_final <= FIRST_STAGE:
-            raise UsageError(
-                f"--draws-adaptive looks at a row for the first time after {FIRST_STAGE} draws, "
-                f"but --bayes-eval-n-samples-final is {args.bayes_eval_n_samples_final}; raise "
-                "that, or drop --draws-adaptive."
-            )
-        for flag, is_asked, obstacle in (
-            ("--prefix-cache on", args.prefix_cache == "on", cls.prefix_obstacle),
-            ("--draws-adaptive", args.draws_adaptive, cls.adaptive_obstacle),
-        ):
-            if is_asked and (reason := obstacle(args)) is not None:
-                raise UsageError(f"{flag} and --modelwrapper {args.modelwrapper}: {reason}.")
+        check_method_flags(cls, args)
 
     @classmethod
     def adaptive_obstacle(cls, args) -> str | None:
@@ -335,30 +312,6 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
         """(name, parameter) of everything that is trained."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    def trained_base_tensors(self) -> dict[str, Tensor]:
-        """Base weights of a classification head that are trained under its LoRA."""
-        return {
-            f"{name}.{key}": value
-            for name in self._trained_base_layers
-            for key, value in self.get_submodule(name).state_dict().items()
-        }
-
-    def unnamed_head(self, adapter_name: str) -> list[str]:
-        """Layers of a classification head that are trained here, by no word of the adapter's own.
-
-        An adapter that PEFT has trained need not hold them: what its configuration does not name
-        was frozen.
-        """
-        return self._trained_base_layers
-
-    def freeze_head(self, layers: Collection[str], adapter_name: str) -> None:
-        """Take layers of `unnamed_head` out of training; biases that PEFT trains stay in it."""
-        keeps_biases = self.peft_config[adapter_name].bias == "all"
-        for name in layers:
-            for key, parameter in self.get_submodule(name).named_parameters(recurse=False):
-                parameter.requires_grad_(keeps_biases and key == "bias")
-        self._trained_base_layers = [n for n in self._trained_base_layers if n not in layers]
-
     def settle(self) -> None:
         """Move to this process's device; with FSDP the frozen base in parts."""
         accelerator = self.accelerator
@@ -385,7 +338,7 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
         if self.is_causal:
             self.target_ids = dataset.target_ids.to(self.accelerator.device)
         if hasattr(dataset, "task"):
-            self._check_classes(dataset.task)
+            posterior.check_classes(self, dataset.task)
             self.answers = list(dataset.task.choices)
             self.table_task = getattr(dataset.task, "table", None)
         if hasattr(dataset, "reader"):
@@ -421,22 +374,6 @@ class WrapperBase(ClassLogits, RowAnswers, PeftModel):
         # What the generators give from here on is the method's noise: other on every process.
         torch.manual_seed(
             mix_seed("training noise", args.seed_sampling, self.accelerator.process_index)
-        )
-
-    def _check_classes(self, task) -> None:
-        """A classifier that is not trained any more answers with the classes that it has.
-
-        Raises:
-            UsageError: the data set's classes are others than those of the loaded posterior.
-        """
-        own, theirs = self.recorded_answers, list(task.choices)
-        trains = self.args.max_train_steps or self.args.n_epochs
-        if self.is_causal or trains or own is None or theirs == own:
-            return
-        raise UsageError(
-            f"--dataset {quoted(task.name)} has the classes {quoted(', '.join(theirs))}, but the "
-            f"classifier in {self.args.load_lora_path} was trained for {quoted(', '.join(own))}: "
-            "take rows of those classes, or name its data set by --ood-ori-dataset."
         )
 
     def begin_loop(self, steps_before: int = 0) -> None:

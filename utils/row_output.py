@@ -8,7 +8,6 @@ NAME                       the finished file, which replaces what was there in o
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from utils.errors import UsageError, quoted
+from utils.file_lock import FileLock, Held
 from utils.files import (
     disk_errors,
     remove_folder,
@@ -54,7 +54,7 @@ class RowOutput:
         self.done = 0
         self._folder = path.with_name(f".{path.name}.partial")
         self._rows, self._state = self._folder / "rows.jsonl", self._folder / "state.json"
-        self._lock: int | None = None
+        self._lock = FileLock(self._folder / "lock")
 
     def open(self, resume: bool, overwrite: bool) -> None:
         """Begin, or go on where an interrupted job of the same name ended.
@@ -92,11 +92,11 @@ class RowOutput:
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock.take()
+        except Held as holder:
             raise UsageError(
-                f"another process is writing {self.path}; wait for it, or choose another --out."
+                f"another process is writing {self.path} ({holder}); wait for it, or choose "
+                "another --out."
             ) from None
         except OSError as error:
             raise UsageError(
@@ -106,9 +106,7 @@ class RowOutput:
 
     def close(self) -> None:
         """Let others have it."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def _go_on(self) -> None:
         state = read_record(self._state, _State, "--resume", "Pass --overwrite to start over.")

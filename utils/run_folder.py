@@ -13,11 +13,7 @@ Layout: docs/run-folder.md. The rule that nothing is lost rests on three things:
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import re
-import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,27 +23,25 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from utils.data_set_names import data_set_name
-from utils.errors import RunError, UsageError, quoted
+from utils.errors import UsageError
+from utils.file_lock import FileLock, Held
 from utils.files import (
     disk_errors,
     remove_folder,
     remove_trash,
     sweep_temporaries,
-    sync,
-    write_atomically,
     write_json,
     write_tensors,
 )
-from utils.logging import logger
-from utils.records import Count, Record, as_record, parse_json, read_record
+from utils.run_history import HistoryFile
 from utils.run_paths import PARTS, check_name, predictions_file
+from utils.run_publication import PUBLICATION_FILE, carry_out
 from utils.run_records import (
     ARGS_FILE,
     FORMAT_VERSION,
     HISTORY_FILE,
     LOG_FILE,
     METRICS_FILE,
-    FileName,
     differences,
     file_name,
     read_metrics_record,
@@ -57,21 +51,6 @@ from utils.run_state import StateRecord, States
 
 # What every run has, however far it came.
 _RECORDS = (ARGS_FILE, HISTORY_FILE, LOG_FILE)
-_PUBLICATION = "publish.json"
-
-
-class _Publication(Record):
-    """`.next/publish.json`: what goes from the run's folder, and what comes from `.next`."""
-
-    delete: list[FileName]
-    replace: list[FileName]
-
-
-class _Line(Record):
-    """A line of history.jsonl, as far as a resumed run must know it."""
-
-    step: Count
-    eval: dict[str, Any] | None = None
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -117,8 +96,8 @@ class RunFolder:
         self._written: set[str] = set()
         self._made: list[Path] = []  # folders
         self._finished = False
-        self._lock: int | None = None
-        self._history: int | None = None
+        self._lock = FileLock(self.path / ".lock")
+        self._history: HistoryFile | None = None
         self._states: States | None = None
 
     @property
@@ -132,6 +111,13 @@ class RunFolder:
         if self._states is None or self._states.folder.parent != self.files:
             self._states = States(self.files / "state", self.rank, self.num_processes)
         return self._states
+
+    @property
+    def history(self) -> HistoryFile:
+        """The run's history.jsonl, which only rank 0 writes."""
+        if self._history is None or self._history.file.parent != self.files:
+            self._history = HistoryFile(self.files / HISTORY_FILE)
+        return self._history
 
     @property
     def states(self) -> list[Path]:
@@ -329,7 +315,7 @@ class RunFolder:
             UsageError: another run has begun here in the meantime.
         """
         with disk_errors(self.path):
-            if self._lock is None:
+            if not self._lock.is_held:
                 self._make_folder()
                 self._take_lock()
                 if self._decide(args) != self.plan:
@@ -358,42 +344,24 @@ class RunFolder:
         Raises:
             UsageError: another process does.
         """
-        file = self.path / ".lock"
-        while self._lock is None:
-            try:
-                lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            except OSError as error:
-                raise UsageError(
-                    f"the output folder {self.path} cannot be written ({error.strerror}); "
-                    "choose another with --output-dir."
-                ) from None
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.read(lock, 200).decode(errors="replace").strip()
-                os.close(lock)
-                raise UsageError(
-                    f"another run is writing to {self.path} right now "
-                    f"({quoted(holder) if holder else 'unknown'}); wait for it, or pass another "
-                    "--log-path."
-                ) from None
-            except OSError as error:  # a file system without locks
-                logger.info("%s cannot be locked (%s): start no second run there.", file, error)
-            # Whoever held it may have deleted it: then this is a lock that nobody else sees.
-            with suppress(FileNotFoundError):
-                if os.fstat(lock).st_ino == os.stat(file).st_ino:
-                    self._lock = lock
-            if self._lock is None:
-                os.close(lock)
-        with suppress(OSError):
-            os.ftruncate(lock, 0)
-            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            self._lock.take()
+        except Held as holder:
+            raise UsageError(
+                f"another run is writing to {self.path} right now ({holder}); wait for it, or pass "
+                "another --log-path."
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"the output folder {self.path} cannot be written ({error.strerror}); "
+                "choose another with --output-dir."
+            ) from None
 
     # the run ends
 
     def finish(self) -> None:
         """The run is complete: its files take the place of an earlier run's; states are dropped."""
-        self._close_history()
+        self.history.close()
         if self.rank != 0:
             return
         with disk_errors(self.path):
@@ -405,7 +373,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let go of the folder; of a run that failed without a state nothing stays in `.next`."""
-        self._close_history()
+        self.history.close()
         if self.rank == 0:
             if (
                 self.is_open
@@ -414,11 +382,7 @@ class RunFolder:
                 and not self.state.entries()
             ):
                 remove_folder(self._next)
-            if self._lock is not None:
-                with suppress(OSError):
-                    os.unlink(self.path / ".lock")
-                os.close(self._lock)
-                self._lock = None
+            self._lock.release()
             for folder in reversed(self._made):
                 with suppress(OSError):  # it has files by now
                     folder.rmdir()
@@ -432,7 +396,7 @@ class RunFolder:
             overwrite: what cannot be finished, because somebody has damaged it, may go.
         """
         remove_trash(self.path / ".trash-next")
-        if (self._next / METRICS_FILE).is_file() or (self._next / _PUBLICATION).is_file():
+        if (self._next / METRICS_FILE).is_file() or (self._next / PUBLICATION_FILE).is_file():
             try:
                 self._publish()
             except UsageError:
@@ -442,7 +406,7 @@ class RunFolder:
         elif self._next.is_dir() and not self._is_interrupted(self._next):
             remove_folder(self._next)
         for folder in (self.path, self._next):
-            names = self._names(folder) | {_PUBLICATION}
+            names = self._names(folder) | {PUBLICATION_FILE}
             for parent in {(folder / name).parent for name in names}:
                 sweep_temporaries(parent, {Path(name).name for name in names})
             remove_folder(folder / ".adapter")
@@ -452,7 +416,7 @@ class RunFolder:
 
     def _publish(self) -> None:
         """Put the files of `.next` in place of the old run's; can be repeated from any point."""
-        file = self._next / _PUBLICATION
+        file = self._next / PUBLICATION_FILE
         if not file.is_file():
             record = read_metrics_record(self._next / METRICS_FILE, "--overwrite")
             new = set(record.files or ())
@@ -464,22 +428,7 @@ class RunFolder:
             delete = _existing(self.path, self._names(self.path) - new)
             replace = sorted(_existing(self._next, new), key=lambda name: name == METRICS_FILE)
             write_json(file, {"delete": delete, "replace": replace})
-        plan = read_record(file, _Publication, "--overwrite")
-        for name in plan.delete:
-            (self.path / name).unlink(missing_ok=True)
-            with suppress(OSError):  # only a folder of its own, and only when it is empty
-                if "/" in name:
-                    (self.path / name).parent.rmdir()
-        States(self.path / "state", 0, 1).drop()
-        for name in plan.replace:
-            if not (self._next / name).is_file():
-                continue  # it is in place already
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            if name == METRICS_FILE:
-                sync(self.path)
-            os.replace(self._next / name, self.path / name)
-        sync(self.path)
-        remove_folder(self._next)
+        carry_out(self._next, self.path)
 
     # files
 
@@ -515,31 +464,14 @@ class RunFolder:
     # history
 
     def append_history(self, record: Mapping[str, Any]) -> None:
-        """Add one line to history.jsonl, in a single write.
+        """Add one line to history.jsonl.
 
         Raises:
             RunError: the disk is full.
         """
         if self.rank != 0:
             return
-        file = self.files / HISTORY_FILE
-        try:
-            if self._history is None:
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-                self._history = os.open(file, flags, 0o666)
-            line = json.dumps(record).encode() + b"\n"
-            if os.write(self._history, line) < len(line):
-                raise OSError("there is room for a part of a line only")
-        except OSError as error:
-            raise RunError(
-                f"cannot write {file}: {error}. Free some space; --resume goes on from the last "
-                "state."
-            ) from error
-
-    def _close_history(self) -> None:
-        if self._history is not None:
-            os.close(self._history)
-            self._history = None
+        self.history.append(record)
 
     def cut_history(self, last_step: int, evaluation_due: bool = False) -> None:
         """Drop what was logged after the point that a resumed run goes on from.
@@ -548,31 +480,14 @@ class RunFolder:
             last_step: the last update that counts.
             evaluation_due: the evaluation after it will be made again.
         """
-        file = self.files / HISTORY_FILE
-        if self.rank != 0 or not file.is_file():
-            return
-
-        def counts(line: bytes) -> bool:
-            try:
-                record = as_record(parse_json(line.decode(), "line"), _Line, "line")
-            except (UsageError, UnicodeDecodeError):  # the line that a kill has cut in half
-                return False
-            is_due = evaluation_due and record.eval is not None and record.step == last_step
-            return record.step <= last_step and not is_due
-
-        def write(temporary: Path) -> None:
-            with open(file, "rb") as old, open(temporary, "wb") as new:
-                new.writelines(line for line in old if line.endswith(b"\n") and counts(line))
-
-        write_atomically(file, write)
+        if self.rank == 0:
+            self.history.cut(last_step, evaluation_due)
 
     # training state
 
     def save_state(self, step: int, state: Mapping[str, Any], barrier: Callable[[], None]) -> None:
         """Keep the state of update `step`; see `States.save`."""
-        if self._history is not None:  # no state of updates that a loss of power has unwritten
-            with disk_errors(self.files / HISTORY_FILE):
-                os.fsync(self._history)
+        self.history.sync()  # no state of updates that a loss of power has unwritten
         self.state.save(step, state, barrier)
 
     def load_state(

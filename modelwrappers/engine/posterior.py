@@ -408,6 +408,23 @@ def load_posterior_of(wrapper: WrapperBase, saved: Saved, is_own: bool) -> None:
     wrapper.recorded_answers = saved.record.choices if saved.record is not None else None
 
 
+def check_classes(wrapper: WrapperBase, task) -> None:
+    """A classifier that is not trained any more answers with the classes that it has.
+
+    Raises:
+        UsageError: the data set's classes are others than those of the loaded posterior.
+    """
+    own, theirs = wrapper.recorded_answers, list(task.choices)
+    trains = wrapper.args.max_train_steps or wrapper.args.n_epochs
+    if wrapper.is_causal or trains or own is None or theirs == own:
+        return
+    raise UsageError(
+        f"--dataset {quoted(task.name)} has the classes {quoted(', '.join(theirs))}, but the "
+        f"classifier in {wrapper.args.load_lora_path} was trained for {quoted(', '.join(own))}: "
+        "take rows of those classes, or name its data set by --ood-ori-dataset."
+    )
+
+
 def is_tuned(record: PosteriorRecord) -> bool:
     """Whether held-out rows have had a say in the posterior already."""
     return record.tuned or record.temperature is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Collection
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -82,3 +84,37 @@ def train_head_under_lora(model: nn.Module, roots: list[str]) -> list[str]:
 def _parents(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+class TrainedHead:
+    """The part of a PEFT model that trains base weights of a classification head under its LoRA.
+
+    Attributes:
+        _trained_base_layers: what `train_head_under_lora` gave.
+    """
+
+    _trained_base_layers: list[str]
+
+    def trained_base_tensors(self) -> dict[str, Tensor]:
+        """Base weights of a classification head that are trained under its LoRA."""
+        return {
+            f"{name}.{key}": value
+            for name in self._trained_base_layers
+            for key, value in self.get_submodule(name).state_dict().items()
+        }
+
+    def unnamed_head(self, adapter_name: str) -> list[str]:
+        """Layers of a classification head that are trained here, by no word of the adapter's own.
+
+        An adapter that PEFT has trained need not hold them: what its configuration does not name
+        was frozen.
+        """
+        return self._trained_base_layers
+
+    def freeze_head(self, layers: Collection[str], adapter_name: str) -> None:
+        """Take layers of `unnamed_head` out of training; biases that PEFT trains stay in it."""
+        keeps_biases = self.peft_config[adapter_name].bias == "all"
+        for name in layers:
+            for key, parameter in self.get_submodule(name).named_parameters(recurse=False):
+                parameter.requires_grad_(keeps_biases and key == "bias")
+        self._trained_base_layers = [n for n in self._trained_base_layers if n not in layers]
