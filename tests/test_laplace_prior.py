@@ -22,6 +22,7 @@ from modelwrappers.lora.laplace_prior import (
     tell_end_of_grid,
     warn_if_worse,
 )
+from modelwrappers.lora.laplace_record import Description
 from modelwrappers.lora.linearised import LinearisedModel
 from utils.errors import UsageError
 from utils.logging import logger
@@ -365,6 +366,33 @@ def test_the_record_names_curvature_and_prior(adapters, hessian, curvature):
     stored = load_file(run_folder(flags) / "predictions.safetensors")["log_probs"]
     predicted = posterior.predict(build(flags)[1].test_dataloader).log_probs
     torch.testing.assert_close(predicted, stored, rtol=1e-3, atol=1e-3)
+
+
+def test_records_of_before_there_was_a_choice_are_read_as_they_were_meant():
+    old = {"laplace": {"hessian": "kron", "prior_precision": 2.0}, "projections": ["a", "b"]}
+    fit = Description.model_validate(old).laplace
+    assert (fit.curvature, fit.prior_mean, fit.refit_rounds) == (None, "zero", None)
+    assert fit.precisions.tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hessian": "diag", "curvature": "expand"},
+        {"prior_precision": [1.0]},
+        {"prior_precision": []},
+        {"prior_precision": [1.0, -2.0]},
+        {"hessian": "full", "prior_precision": [1.0, 2.0]},
+        {"refit_rounds": 0},
+        {"curvature": "other"},
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(change):
+    good = {"hessian": "kron", "curvature": "reduce", "prior_precision": [1.0, 2.0]}
+    Description.model_validate({"laplace": good, "projections": ["a", "b"]})
+    changed = {"laplace": good | {"curvature": None} | change, "projections": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"prior_precision|curvature|refit_rounds"):
+        Description.model_validate(changed)
 
 
 @pytest.fixture
