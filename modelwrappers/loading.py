@@ -176,6 +176,11 @@ def load_posterior(
     if model is not None:
         called |= {"model": str(model), "load_model_path": None}
     args = settings_of(get_wrapper(method), called, _settings(record, get_wrapper(method)), where)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "load_posterior: device is 'cuda', but there is no CUDA device here; pass 'auto' or "
+            "'cpu'."
+        )
     accelerator = Accelerator(cpu=device == "cpu" or None)
     wrapper = build_wrapper(args, len(record.choices), accelerator, saved)
     _take_answers(wrapper, record, where)

@@ -1,10 +1,13 @@
 """Flags: defaults, checks, messages."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from main import parse_args
 from utils.errors import UsageError
@@ -407,3 +410,13 @@ def test_another_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(main, "main", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         main.run([])
+
+
+def test_a_run_that_a_broken_pipe_ends_says_so():
+    """In a process of its own: the rest of standard output is thrown away."""
+    code = "from utils.program import run_program\n"
+    code += "def main(): raise BrokenPipeError(32, 'Broken')\n"
+    code += "raise SystemExit(run_program(main))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "RunError: whoever read" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr

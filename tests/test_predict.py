@@ -112,6 +112,13 @@ def test_rows_are_chosen_at_random_where_no_row_has_mutual_information(
     assert chosen[0] != chosen[1] and len(set(chosen[0])) == 5
 
 
+def test_a_gpu_that_is_not_there_is_missed(posterior, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert call(posterior, rows, tmp_path / "out.jsonl", "--device", "cuda") == 2
+    assert "no CUDA device here" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_line_end_inside_of_a_cell_ends_no_row_of_a_csv(posterior, tmp_path):
     texts = ["a\rbank", "a\nbank", "a\r\nbank", 'a "bank"', "=bank;1", "bank"]
     write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])

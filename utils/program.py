@@ -26,8 +26,9 @@ def run_program(main: Callable[[], Any], interrupted: str | None = None) -> int:
     except (UsageError, RunError) as error:
         _tell(f"{type(error).__name__}: {error}")
         return error.exit_code
-    except BrokenPipeError:  # nobody reads the output any more
+    except BrokenPipeError as error:  # of the output, mostly; or of a connection of a library's
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else exit tries once more
+        logger.error("RunError: whoever read what this program writes is gone (%s).", error)
         return RunError.exit_code
     except (MemoryError, RuntimeError, OSError) as error:  # torch's are RuntimeErrors
         if is_left_alone(error):
