@@ -367,16 +367,19 @@ def main(argv: list[str]) -> None:
     stored = stored_flags(simulation.all_args)
     made = program.provenance(None) | {"command": ["scripts/active_learning.py", *argv]}
     log = RoundLog(out, simulation.plan, MADE)
-    log.open(
-        simulation.all_args,
-        {
-            "args": stored,
-            "given": {key: stored[key] for key in simulation.all_args.given},
-            "run": made,
-        },
-    )
-    simulation.run(log, accelerator)
-    write(simulation.base, log, out, made)
+    try:
+        log.open(
+            simulation.all_args,
+            {
+                "args": stored,
+                "given": {key: stored[key] for key in simulation.all_args.given},
+                "run": made,
+            },
+        )
+        simulation.run(log, accelerator)
+        write(simulation.base, log, out, made)
+    finally:
+        log.close()
 
 
 def write(base: Args, log: RoundLog, out: Path, made: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from decisions.acquisition import (
 from decisions.calibration import Wanted
 from decisions.conformal import SCORES
 from decisions.selective import SCORES as CONFIDENCES
-from utils.args import Args, Parser, above, add_switch, count, positive_int, seed
+from utils.args import Args, Parser, add_switch, count, positive_int, seed, share
 from utils.errors import UsageError, described, quoted
 from utils.interrupts import interrupts
 from utils.logging import logger, quiet_libraries, setup_logging
@@ -79,17 +79,15 @@ def parse_args(argv: list[str]) -> Args:
         "--window", type=positive_int, default=8192, help="rows that are sorted by length together"
     )
     sets = parser.add_argument_group("sets and answers with a guarantee (a run with --calibrate)")
-    sets.add_argument("--coverage", type=above(0, 1), help="of sets, such as 0.9")
+    sets.add_argument("--coverage", type=share, help="of sets, such as 0.9")
     sets.add_argument("--set-score", choices=SCORES, default="lac", help="how sets are made")
     add_switch(sets, "--per-class", help="the coverage holds for the rows of every class")
     sets.add_argument(
         "--max-risk",
-        type=above(0, 1),
+        type=share,
         help="answer only where at most this share is wrong",
     )
-    sets.add_argument(
-        "--confidence", type=above(0, 1), default=0.9, help="with which --max-risk holds"
-    )
+    sets.add_argument("--confidence", type=share, default=0.9, help="with which --max-risk holds")
     sets.add_argument(
         "--confidence-by",
         choices=CONFIDENCES,

@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from decisions.checks import exact_share
 from decisions.conformal import SCORES
 from report.collect import Options, collect
 from report.decided import Asked
@@ -25,7 +24,7 @@ from report.runs import find_runs
 from report.seeds import seeds_table
 from report.tables import terminal
 from report.write import check_writable, write
-from utils.args import Args, Parser, above, add_switch, count, positive_int, seed
+from utils.args import Args, Parser, add_switch, count, positive_int, seed, share
 from utils.commit import current_commit
 from utils.errors import RunError, UsageError, one_line, quoted
 from utils.logging import writable
@@ -57,7 +56,7 @@ def parse_args(argv: list[str]) -> Args:
         "--by-seed",
         help="also print for how many seeds each row is better than the baseline",
     )
-    share, asked = above(0, 1), Asked()
+    asked = Asked()
     sets = parser.add_argument_group("sets and selective answers (runs with --calibrate)")
     sets.add_argument(
         "--coverage", nargs="+", type=share, default=asked.coverages, help="of sets, such as 0.9"
@@ -74,13 +73,7 @@ def parse_args(argv: list[str]) -> Args:
         "--confidence", type=share, default=asked.confidence, help="with which --max-risk holds"
     )
     args = parser.parse_args(argv)
-    for flag, values in (
-        ("--coverage", args.coverage),
-        ("--max-risk", args.max_risk),
-        ("--confidence", [args.confidence]),
-    ):
-        for value in values:
-            exact_share(value, flag)
+    for flag, values in (("--coverage", args.coverage), ("--max-risk", args.max_risk)):
         if len(values) > MOST_LEVELS:
             raise UsageError(f"{flag} has {len(values)} values; at most {MOST_LEVELS} are shown.")
     for flag, value, most in (

@@ -27,12 +27,12 @@ def origin(task: Task) -> str:
     return "--data-dir" if source is None else "embedded"
 
 
-def describe(task: Task) -> str:
-    """Name, source, splits, answers, and the rendered example with its answer."""
+def describe(name: str, task: Task) -> str:
+    """Name as in --dataset, source, splits, answers, and the rendered example with its answer."""
     splits = ", ".join(f"{name}: {split}" for name, split in task.splits.items())
     lines = [f"{origin(task)}; {splits}", f"answers: {', '.join(task.choices)}", ""]
     if task.example is None:
-        return "\n".join([f"## {task.name}", "", *lines, "The record has no example.", ""])
+        return "\n".join([f"## {name}", "", *lines, "The record has no example.", ""])
     with users_code(f"the example of {task.name}"):
         rendered = task.prompt(task.example)
         answer = "(none of them)" if task.label is None else task.choices[task.label(task.example)]
@@ -41,10 +41,10 @@ def describe(task: Task) -> str:
             f"{''.join(rendered)} {answer}" if is_prompt else "\n".join([*rendered, f"-> {answer}"])
         )
     kind = "mcdataset" if is_prompt else "bertds"
-    return "\n".join([f"## {task.name} ({kind})", "", *lines, "```", text, "```", ""])
+    return "\n".join([f"## {name} ({kind})", "", *lines, "```", text, "```", ""])
 
 
-def chosen(names: list[str]) -> list[Task]:
+def chosen(names: list[str]) -> list[tuple[str, Task]]:
     """The tasks of these names, of every kind that has one; all without a name.
 
     Raises:
@@ -52,20 +52,25 @@ def chosen(names: list[str]) -> list[Task]:
     """
     tables = [cls.tasks for cls in DATASETS.values()]
     if not names:
-        return [task for table in tables for task in table.values()]
+        return [named for table in tables for named in table.items()]
     known = {name: task for table in tables for name, task in table.items()}
     tasks = []
     for name in names:
         found = checked_task(lookup(known, name, "data set"), name)
-        of_name = [table[found.name] for table in tables if found.name in table]
-        tasks += of_name if found in of_name else [found]
+        of_name = [
+            (key, task)
+            for table in tables
+            for key, task in table.items()
+            if key.lower() == name.lower()
+        ]
+        tasks += of_name or [(found.name, found)]
     return tasks
 
 
 if __name__ == "__main__":
     try:
-        for task in chosen(sys.argv[1:]):
-            print(describe(task))
+        for name, task in chosen(sys.argv[1:]):
+            print(describe(name, task))
     except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

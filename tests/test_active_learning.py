@@ -248,6 +248,38 @@ def test_a_damaged_round_is_an_error(change, message, finished, task, tmp_path):
     assert (out / "rounds.jsonl").read_text(encoding="utf-8") == lines
 
 
+def test_two_processes_cannot_write_one_simulation(finished, task, tmp_path):
+    lines = (finished / "rounds.jsonl").read_text(encoding="utf-8")
+    out = copy_of(finished, tmp_path / "out", lines)
+    simulation = planned(task)
+    first, second = (
+        active_learning.RoundLog(out, simulation.plan, active_learning.MADE) for _ in range(2)
+    )
+    first.open(simulation.all_args, {})
+    with pytest.raises(
+        UsageError, match=r"another process is writing it \(.*choose another"
+    ):
+        second.open(simulation.all_args, {})
+    first.close()
+    second.open(simulation.all_args, {})
+    assert second.done == first.done
+    second.close()
+    assert not [file for file in out.iterdir() if "lock" in file.name]
+
+
+def test_rounds_are_not_written_through_a_link(finished, task, tmp_path):
+    lines = (finished / "rounds.jsonl").read_text(encoding="utf-8")
+    out = copy_of(finished, tmp_path / "out", lines)
+    victim = (out / "rounds.jsonl").rename(tmp_path / "victim")
+    (out / "rounds.jsonl").symlink_to(victim)
+    simulation = planned(task)
+    log = active_learning.RoundLog(out, simulation.plan, active_learning.MADE)
+    with pytest.raises(UsageError, match="is a link, which is not written through"):
+        log.open(simulation.all_args, {})
+    log.close()
+    assert victim.read_text(encoding="utf-8") == lines
+
+
 def planned(task: list[str], *more: str) -> active_learning.Simulation:
     """A simulation whose plan is known, without a model being loaded for it."""
     call = ["--out", "x", *PLAN, *task, *BLOB, "--resume", *more]

@@ -43,6 +43,7 @@ from utils.parser import (
     positive_int,
     refuse_word,
     seed,
+    share,
     stored_value,
     text,
     whole,
@@ -79,6 +80,7 @@ __all__ = [
     "positive_int",
     "seed",
     "settings_of",
+    "share",
     "stored_value",
     "whole",
 ]

@@ -413,8 +413,8 @@ def _number(convert: type, minimum: float, maximum: float, exclusive: bool, rule
             number = convert(value)
         except ValueError:
             number = math.nan
-        inside = minimum < number <= maximum if exclusive else minimum <= number <= maximum
-        if not inside:
+        is_meant = minimum < number <= maximum if exclusive else minimum <= number <= maximum
+        if not is_meant:
             raise argparse.ArgumentTypeError(f"must be {rule}, but is {quoted(value)}")
         return number
 
@@ -439,6 +439,14 @@ def above(minimum: float, maximum: float) -> Callable[[str], float]:
     return _number(float, minimum, maximum, True, rule)
 
 
+def inside(minimum: float, maximum: float) -> Callable[[str], float]:
+    """A number between `minimum` and `maximum`, neither of which is meant."""
+    rule = f"a number greater than {minimum:g} and less than {maximum:g}"
+    return _number(
+        float, math.nextafter(minimum, math.inf), math.nextafter(maximum, -math.inf), False, rule
+    )
+
+
 # Wider than anything that makes sense, narrow enough that nothing overflows or fills a memory.
 LARGEST = 10**9
 positive_int = whole(1, LARGEST)
@@ -449,6 +457,7 @@ positive_float = above(0, 1e9)
 nonnegative_float = between(0, 1e9)
 learning_rate = above(0, 1_000)
 fraction = between(0, 1)
+share = inside(0, 1)
 
 
 def add_switch(group, *names: str, help: str, default: bool = False) -> None:

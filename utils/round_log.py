@@ -19,11 +19,12 @@ from pydantic import FiniteFloat
 
 from utils.args import Args
 from utils.errors import UsageError, quoted
+from utils.file_lock import FileLock, Held
 from utils.files import disk_errors, sweep_temporaries, sync, write_json
 from utils.records import Count, Name, Nonnegative, Record, as_record, parse_json, read_text
 from utils.run_records import FORMAT_VERSION, Share, differences, read_run_record
 
-SETTINGS_FILE, ROUNDS_FILE = "simulation.json", "rounds.jsonl"
+SETTINGS_FILE, ROUNDS_FILE, LOCK_FILE = "simulation.json", "rounds.jsonl", ".simulation.lock"
 REMEDY = "Restore the file, or pass --overwrite to start over."
 
 
@@ -138,17 +139,24 @@ class RoundLog:
         self.done: list[Round] = []
         self._made = made
         self._settings, self._rounds = folder / SETTINGS_FILE, folder / ROUNDS_FILE
+        self._lock = FileLock(folder / LOCK_FILE)
+
+    def close(self) -> None:
+        """Let other processes write the folder."""
+        self._lock.release()
 
     def open(self, args: Args, stored: dict[str, Any]) -> None:
-        """Begin, or go on after the last round that is there.
+        """Begin, or go on after the last round that is there; nobody else writes until `close`.
 
         Args:
             args: all flags, `resume` and `overwrite` among them.
             stored: what simulation.json says of this call, if it is the first one.
         Raises:
             UsageError: there is a result already and neither flag was given, the stored one has
-                other flags or is damaged, or a file of another program would be replaced.
+                other flags or is damaged, another process is writing it, or a file of another
+                program would be replaced.
         """
+        self._take_lock()
         is_begun = self._settings.exists()
         if not is_begun:
             self._check_names()
@@ -168,6 +176,17 @@ class RoundLog:
             sweep_temporaries(self.folder, (SETTINGS_FILE, *self._made))
         write_json(self._settings, {"format_version": FORMAT_VERSION, **stored})
 
+    def _take_lock(self) -> None:
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.take()
+            except Held as holder:
+                raise UsageError(
+                    f"--out {quoted(str(self.folder))}: another process is writing it ({holder}); "
+                    "wait for it, or choose another folder."
+                ) from None
+
     def _check_names(self) -> None:
         for name in (ROUNDS_FILE, *self._made):
             if os.path.lexists(self.folder / name):
@@ -182,6 +201,11 @@ class RoundLog:
             raise UsageError(
                 f"--resume: {'; '.join(changed)}. Repeat the flags of the first call, or pass "
                 "--overwrite instead to start over."
+            )
+        if self._rounds.is_symlink():
+            raise UsageError(
+                f"--resume: {quoted(str(self._rounds))} is a link, which is not written through. "
+                f"{REMEDY}"
             )
         if not self._rounds.exists():
             return
