@@ -76,6 +76,7 @@ class Calibrated:
 
     Attributes:
         dataset: that they are rows of.
+        unseen: whether the run knew that the adapter was not trained on them.
         temperature: by which they were scaled, if the run has fitted one.
         draws: with which they were predicted.
         sets: from which every coverage has its sets.
@@ -83,6 +84,7 @@ class Calibrated:
     """
 
     dataset: str
+    unseen: bool
     temperature: float | None
     draws: DrawKind
     sets: ConformalThresholds
@@ -113,6 +115,7 @@ def calibrate(run: Run, asked: Asked) -> Calibrated:
     try:
         return Calibrated(
             dataset=file.dataset,
+            unseen=predictions.unseen,
             temperature=file.temperature,
             draws=DrawKind.of(predictions),
             sets=conformal.calibrate(probabilities, labels, asked.set_score, seed=seed, keys=keys),
@@ -137,6 +140,7 @@ class Decided:
 
     Attributes:
         guaranteed: whether the calibration rows are of the data set that is evaluated.
+        unseen: whether it is known that the adapter was not trained on them.
         num_rows: calibration rows.
         sets: coverage -> figures, where there are calibration rows enough.
         answers: risk -> figures, where it can be had.
@@ -144,6 +148,7 @@ class Decided:
     """
 
     guaranteed: bool
+    unseen: bool
     num_rows: int
     sets: dict[float, SetFigures]
     answers: dict[float, SelectionFigures]
@@ -187,6 +192,7 @@ def decide(
     sure = probabilities.max(1)
     return Decided(
         guaranteed=dataset == calibrated.dataset,
+        unseen=calibrated.unseen,
         num_rows=sum(calibrated.sets.num_rows),
         sets={
             coverage: conformal.evaluate_sets(

@@ -7,7 +7,7 @@ files; whoever shows a table escapes them for its format, and the texts here as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from report.decided import (
@@ -23,6 +23,7 @@ from report.decided import (
 from report.rows import Family, Report, Row
 
 PROMISED, NO_GUARANTEE = "as calibrated", "no guarantee"
+PERHAPS_SEEN = "calibrated on rows that may have been trained on"
 INFEASIBLE = "cannot be had"
 UNDEFINED = "–"
 INTERVALS = (
@@ -146,17 +147,29 @@ BEGIN = [
     Column("draws", "posterior draws of an example"),
     Column("calibration rows", "that were neither trained nor tuned on"),
 ]
-GUARANTEE = Column("promise", "whether the calibration rows are of the data set that is evaluated")
+GUARANTEE = Column(
+    "promise",
+    "whether the calibration rows are of the data set that is evaluated, and were not trained on",
+)
 
 
-def is_promised(row: Row) -> bool:
-    """Whether the calibration rows of all seeds are of the data set that is evaluated."""
-    return all(decided.guaranteed for decided in row.decided)
+def promise_of(rows: Iterable[Row]) -> str:
+    """What holds for all seeds of all rows: the least of what holds for each.
+
+    Returns:
+        `NO_GUARANTEE` where calibration rows are of another data set than the one that is
+        evaluated, `PERHAPS_SEEN` where the run did not know whether the adapter was trained on
+        them, else `PROMISED`.
+    """
+    decided = [one for row in rows for one in row.decided]
+    if not all(one.guaranteed for one in decided):
+        return NO_GUARANTEE
+    return PROMISED if all(one.unseen for one in decided) else PERHAPS_SEEN
 
 
 def _guarantee(row: Row) -> Entry:
-    promised = is_promised(row)
-    return Entry(PROMISED if promised else NO_GUARANTEE, sort_by=float(promised))
+    told = promise_of([row])
+    return Entry(told, sort_by=float((NO_GUARANTEE, PERHAPS_SEEN, PROMISED).index(told)))
 
 
 def _entry(figure: Mean, missing: str = "", about: str = "") -> Entry:
@@ -192,7 +205,7 @@ def _set_entries(row: Row, asked: Asked) -> Iterator[list[Entry]]:
         missing = INFEASIBLE if line.short else ""
         if 0 < line.short < len(row.decided):
             missing = f"not by {line.short} of {len(row.decided)} seeds"
-        law = line.law if is_promised(row) else NO_INTERVAL
+        law = line.law if promise_of([row]) == PROMISED else NO_INTERVAL
         yield [
             Entry(f"{line.asked:g}", sort_by=line.asked),
             _entry(line.reached, missing),
@@ -262,11 +275,25 @@ def _scaled_rows(family: Family) -> str:
 
 def _conditions(family: Family, promise: str) -> str:
     """Whether the promise holds for these examples."""
-    held = [is_promised(row) for row in family.rows if row.decided]
-    if not any(held):
+    told, broken = _told_of(family)
+    if told == {NO_GUARANTEE}:
         return f"{promise} No guarantee holds here: the calibration rows are of other data."
-    rest = "" if all(held) else f", but not where the table says “{NO_GUARANTEE}”"
+    if told == {PERHAPS_SEEN}:
+        return (
+            f"{promise} No guarantee holds here: the runs did not know whether the adapter was "
+            "trained on the calibration rows."
+        )
+    if PROMISED not in told:
+        return f"{promise} No guarantee holds here; the table says why."
+    rest = f", but not where the table says {' or '.join(f'“{b}”' for b in broken)}"
+    rest = rest if broken else ""
     return f"{promise} That is promised for examples like the calibration rows{rest}."
+
+
+def _told_of(family: Family) -> tuple[set[str], list[str]]:
+    """What holds for the family's rows, and in a fixed order what of it is no promise."""
+    told = {promise_of([row]) for row in family.rows if row.decided}
+    return told, [text for text in (NO_GUARANTEE, PERHAPS_SEEN) if text in told]
 
 
 # --- in short, and in full ------------------------------------------------------------------------
@@ -291,11 +318,10 @@ def short_lines(family: Family, report: Report) -> Iterator[tuple[Row, list[str]
 
 def short_title(family: Family, report: Report) -> str:
     """What stands above them."""
-    asked, promised = (
-        report.options.asked,
-        any(d.guaranteed for r in family.rows for d in r.decided),
-    )
-    mark = "" if promised else f", {NO_GUARANTEE}"
+    asked = report.options.asked
+    told, broken = _told_of(family)
+    some = "some rows: " if PROMISED in told else ""
+    mark = f", {some}{' or '.join(broken)}" if broken else ""
     return (
         f"{family.title}: sets ({asked.set_score}) and selective answers (confidence "
         f"{asked.confidence:g}){mark}"
@@ -313,7 +339,8 @@ def measured(row: Row, asked: Asked) -> Iterator[tuple[str, Mean, str]]:
     decided = row.decided
     if not decided:
         return
-    mark = "" if is_promised(row) else NO_GUARANTEE
+    promise = promise_of([row])
+    mark = "" if promise == PROMISED else promise
     for line in set_lines(decided, asked):
         own = INFEASIBLE if line.short == len(decided) else mark
         for key in ("reached", "size", "size_right", "size_wrong"):
@@ -357,5 +384,6 @@ are too few rows to show it.
 Conditions. New rows must be predicted in the same way: the same number and kind of draws, the same
 temperature. Data of another kind than the calibration rows have no guarantee. Such tables say “no
 guarantee”, and show what was reached all the same: a coverage far below the one asked for is what
-a shift can do.
+a shift can do. Where a run did not know which rows the adapter was trained on, its tables say
+“calibrated on rows that may have been trained on”: if they were, sets and risks promise too much.
 """

@@ -8,6 +8,7 @@ figures of a model and the data set that it was trained on.
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from scipy.signal import convolve  # by Fourier transform where that is faster
 
 from report.decided import Asked, set_lines
-from report.decided_tables import NO_GUARANTEE, PROMISED, is_promised
+from report.decided_tables import promise_of
 from report.escape import in_plot
 from report.measure import COVERAGE_GRID, ENTROPY_BINS
 from report.rows import Family, Result, Row, Training
@@ -440,7 +441,7 @@ def _sets(families: list[Family], asked: Asked, places: dict[str, int]) -> Figur
                 label=short(row.name),
                 **colours,
             )
-        told = PROMISED if all(map(is_promised, rows)) else NO_GUARANTEE
+        told = textwrap.fill(promise_of(rows), 36)
         ax.set_title(f"{short(family.dataset)}\n{told}")
         ax.set(xlabel="coverage asked for")
     axes[0].set(xlim=ends, ylim=(None, 1.01), ylabel="coverage reached")

@@ -21,6 +21,7 @@ MOST_NUMBERS = 2**30  # of a file's draws: 4 GiB in single precision
 MOST_CLASSES = 1000
 ESCAPED = "backslashreplace"  # half a surrogate pair in a name
 KINDS = ("independent", "antithetic")  # of draws
+UNSEEN = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Predictions:
         num_draws: how many of the N draws each row has, (n,), the first ones; the others are NaN.
         antithetic: whether draws 2k and 2k+1 of a row are a pair (E, -E); an odd last one is alone.
         split: of the data set.
+        unseen: of calibration rows, whether the run knew that the adapter was not trained on them.
+            A file that does not say it is taken to be of such rows, as a bayes_config.json is.
         fingerprint: of data set, split, index, labels and the number of classes; the lower 32
             bits seed the resamples.
         rows: the same without the data set: equal for a data set with and without errors in it.
@@ -45,6 +48,7 @@ class Predictions:
     num_draws: np.ndarray
     antithetic: bool
     split: str
+    unseen: bool
     fingerprint: int
     rows: int
 
@@ -84,6 +88,9 @@ def _read_predictions(evaluation: Evaluation) -> Predictions:
     kind = metadata.get("draws", KINDS[0])  # older files do not say it
     if kind not in KINDS:
         raise Unusable(f"{name} has draws that are {quoted(kind)}, not {' or '.join(KINDS)}")
+    unseen = metadata.get("unseen", "true")  # older files do not say it
+    if unseen not in UNSEEN:
+        raise Unusable(f"{name} has 'unseen' {quoted(unseen)}, not {' or '.join(UNSEEN)}")
     equal = "num_draws" not in tensors
     n, most, num_classes = log_probs.shape
     check_tensor(tensors, "log_probs", log_probs.shape, name, finite=equal)
@@ -117,7 +124,10 @@ def _read_predictions(evaluation: Evaluation) -> Predictions:
     fingerprint = digest << 32 | zlib.crc32(described)
     antithetic = kind == "antithetic"
     rows = int.from_bytes(hashlib.sha256(f"{split} ".encode(errors=ESCAPED) + examples).digest())
-    return Predictions(draws, labels, index, num_draws, antithetic, split, fingerprint, rows)
+    return Predictions(
+        *(draws, labels, index, num_draws, antithetic, split),
+        *(UNSEEN[unseen], fingerprint, rows),
+    )
 
 
 def _numbers_of_draws(tensors: dict[str, Tensor], n: int, most: int, name: str) -> np.ndarray:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -218,10 +220,12 @@ class Simulation:
         base: what main.py makes of the words.
         all_args: that with the simulation's own flags, as they are kept.
         plan: which rounds there are; known once the rows are.
+        rows: a digest of the training rows, known with the plan.
         num_draws: of the pool's predictions.
     """
 
     plan: Plan
+    rows: str
     num_draws: int
 
     def __init__(self, args: Args, words: list[str]) -> None:
@@ -247,7 +251,8 @@ class Simulation:
         # as many draws at the end as of the pool: the wrapper says what the method makes of them
         first = self._args_of(args.seeds[0]).replaced(bayes_eval_n_samples_final=asked)
         wrapper = program.assemble(first, accelerator)
-        self.plan = self.planned([row["index"] for row in wrapper.dataset.train_rows])
+        rows = wrapper.dataset.train_rows
+        self.plan, self.rows = self.planned([row["index"] for row in rows]), digest_of(rows)
         self.num_draws = max(1, wrapper.final_draws())
         if wrapper.has_members and self.base.ensemble_average == "logits":
             self.num_draws = 1
@@ -346,6 +351,14 @@ class Simulation:
         return index[found.indices].tolist(), draws.shape[1]
 
 
+def digest_of(rows: list[dict[str, Any]]) -> str:
+    """SHA-256 of the rows as a model sees them: tokens and labels, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
 # --- from flags to files --------------------------------------------------------------------------
 
 
@@ -374,6 +387,7 @@ def main(argv: list[str]) -> None:
                 "args": stored,
                 "given": {key: stored[key] for key in simulation.all_args.given},
                 "run": made,
+                "training_rows": simulation.rows,
             },
         )
         simulation.run(log, accelerator)

@@ -223,6 +223,32 @@ def test_a_result_is_kept_unless_one_says_otherwise(finished, task, tmp_path, ca
     assert len(rounds_of(out)) == 2
 
 
+@pytest.mark.parametrize("column", ["text", "topic"])
+def test_resume_refuses_as_many_rows_with_other_content(column, finished, task, tmp_path, capsys):
+    lines = (finished / "rounds.jsonl").read_text(encoding="utf-8")
+    out = copy_of(finished, tmp_path / "out", lines)
+    rows = topic_rows(40, seed=7)
+    assert rows[0][column] != rows[1][column]
+    rows[0][column] = rows[1][column]
+    place = task.index("--data-dir") + 1
+    folder = Path(task[place])
+    kept = (folder / "train.jsonl").read_bytes()
+    call = ["--out", str(out), *PLAN, *task, *BLOB, "--resume"]
+    try:  # in place: another folder would be another flag
+        write_jsonl(folder / "train.jsonl", rows)
+        assert active_learning.run(call) == 2
+        told = capsys.readouterr().err
+        assert "the training rows are others" in told and "--overwrite" in told
+        assert not (out / "curves.md").exists()
+        # what an older version has left does not say which rows it had
+        record = json.loads((out / "simulation.json").read_text(encoding="utf-8"))
+        assert len(record.pop("training_rows")) == 64
+        (out / "simulation.json").write_text(json.dumps(record), encoding="utf-8")
+        assert active_learning.run(call) == 0
+    finally:
+        (folder / "train.jsonl").write_bytes(kept)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,11 +1,13 @@
 """--calibrate, from the flag to sets and bounded answers of new rows."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import TOPIC_WORDS, build, run_folder, topic_rows, write_jsonl
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import main
@@ -62,6 +64,23 @@ def test_sets_of_new_rows_are_made_by_the_calibration_rows(flags):
         assert answer["set"] == sorted(answer["set"], key=lambda c: -p[c])
     kept = json.loads((folder / "bayes_config.json").read_text())["calibration"]
     assert kept == {"rows": 40, "n_draws": 0, "temperature": None, "unseen": True}
+
+
+def test_predictions_of_calibration_rows_say_whether_they_were_unseen(flags, tmp_path):
+    def told(run: list[str]) -> str:
+        main.main(run)
+        with safe_open(run_folder(run) / "predictions-calibration.safetensors", "pt") as file:
+            return file.metadata()["unseen"]
+
+    own = [*flags, *MAP, "--calibrate", "auto"]
+    assert told(own) == "true"
+    stock = tmp_path / "stock"  # what PEFT alone leaves: nothing says what it was trained on
+    stock.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(run_folder(own) / name, stock)
+    loaded = [*flags, "--modelwrapper", "map", "--load-lora-path", str(stock)]
+    loaded += ["--calibrate", "auto", "--checkpoint-name", "loaded"]
+    assert told(loaded) == "false"
 
 
 def test_answers_say_what_is_promised_of_them_and_on_what_condition(flags, tmp_path, capsys):

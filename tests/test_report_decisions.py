@@ -364,6 +364,44 @@ def test_a_posterior_calibrated_on_other_data_is_promised_for_those(tmp_path):
     assert not own.rows[0].decided[0].guaranteed, "the same posterior, on other rows"
 
 
+PERHAPS = "calibrated on rows that may have been trained on"
+
+
+@pytest.mark.parametrize(
+    ("told", "shifted", "marks"),
+    [
+        ({"unseen": "true"}, False, {""}),
+        ({}, False, {""}),  # older files do not say it
+        ({"unseen": "false"}, False, {PERHAPS}),
+        ({"unseen": "false"}, True, {PERHAPS, "no guarantee"}),
+    ],
+)
+def test_rows_that_may_have_been_trained_on_are_marked_in_every_format(
+    told, shifted, marks, tmp_path
+):
+    make_calibrated(tmp_path, metadata=METADATA | told, shifted=shifted)
+    report = report_on(tmp_path, resamples=0)
+    own = report.families[0]
+    is_marked = PERHAPS in marks
+    for table in decided_tables(own, report):
+        ends = {line.entries[-1].text for line in table.lines}
+        assert ends == {PERHAPS if is_marked else "as calibrated"}
+        assert ("did not know whether the adapter was trained" in table.caption) == is_marked
+    law = {line.entries[5].text for line in decided_tables(own, report)[0].lines}
+    assert (law == {"–"}) == is_marked, "the law is that of unseen rows"
+    assert (PERHAPS in terminal(report)) == is_marked
+    rows = list(csv.DictReader(io.StringIO(comma_separated(report))))
+    assert {row["mark"] for row in rows if row["metric"].startswith("set_")} == marks
+
+
+def test_one_seed_whose_rows_may_have_been_trained_on_marks_the_mean(tmp_path):
+    for seed, unseen in ((1, "true"), (2, "false")):
+        make_calibrated(tmp_path, seed=seed, metadata=METADATA | {"unseen": unseen})
+    report = report_on(tmp_path, resamples=0)
+    (table, _) = decided_tables(report.families[0], report)
+    assert {line.entries[-1].text for line in table.lines} == {PERHAPS}
+
+
 # --- what can be wrong with the file --------------------------------------------------------------
 
 
@@ -379,6 +417,7 @@ DAMAGED = {
     "is of the split 'held_out'": {"metadata": METADATA | {"split": "held_out"}},
     "have 4 classes, those of 'bbc_headlines' 3": {"rows": calibration_rows(num_classes=4)},
     "have 5 draws, those of 'bbc_headlines' 1 draw": {"rows": calibration_rows(num_draws=5)},
+    "has 'unseen' 'perhaps', not true or false": {"metadata": METADATA | {"unseen": "perhaps"}},
     "twice": {"rows": calibration_rows() | {"index": torch.zeros(90, dtype=torch.int64)}},
     "negative index": {"rows": calibration_rows() | {"index": -torch.arange(90)}},
     "has shapes (90, 1, 3), (90,), (8,)": {"rows": calibration_rows() | {"index": torch.arange(8)}},

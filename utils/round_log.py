@@ -1,6 +1,6 @@
 """What a simulation of active learning leaves while it grows: one line per round, each at once.
 
-simulation.json   the flags of the first call, and what made it
+simulation.json   the flags of the first call, what made it, and a digest of the training rows
 rounds.jsonl      one `Round` per line, in the order of the plan
 
 A kill leaves whole lines and at most one that was being written; `--resume` drops that one.
@@ -13,16 +13,16 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from utils.args import Args
 from utils.errors import UsageError, quoted
 from utils.file_lock import FileLock, Held
 from utils.files import disk_errors, sweep_temporaries, sync, write_json
 from utils.records import Count, Name, Nonnegative, Record, as_record, parse_json, read_text
-from utils.run_records import FORMAT_VERSION, Share, differences, read_run_record
+from utils.run_records import FORMAT_VERSION, RunRecord, Share, differences, read_run_record
 
 SETTINGS_FILE, ROUNDS_FILE, LOCK_FILE = "simulation.json", "rounds.jsonl", ".simulation.lock"
 REMEDY = "Restore the file, or pass --overwrite to start over."
@@ -55,6 +55,16 @@ class Round(Record):
     brier: Nonnegative
     num_draws: Count | None
     seconds: Nonnegative
+
+
+class SimulationRecord(RunRecord):
+    """simulation.json.
+
+    Attributes:
+        training_rows: SHA-256 of their tokens and labels; None in files of older versions.
+    """
+
+    training_rows: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class Split(NamedTuple):
@@ -155,13 +165,16 @@ class RoundLog:
             UsageError: there is a result already and neither flag was given, the stored one has
                 other flags or is damaged, another process is writing it, or a file of another
                 program would be replaced.
+            )
+                other flags or other training rows or is damaged, or a file of another program
+                would be replaced.
         """
         self._take_lock()
         is_begun = self._settings.exists()
         if not is_begun:
             self._check_names()
         elif args.resume:
-            self._go_on(args)
+            self._go_on(args, stored.get("training_rows"))
             return
         elif not args.overwrite:
             raise UsageError(
@@ -195,8 +208,8 @@ class RoundLog:
                     "a simulation that would have made it; move it away, or choose another folder."
                 )
 
-    def _go_on(self, args: Args) -> None:
-        record = read_run_record(self._settings, "--resume")
+    def _go_on(self, args: Args, rows: str | None) -> None:
+        record = read_run_record(self._settings, "--resume", SimulationRecord)
         if changed := differences(args, record):
             raise UsageError(
                 f"--resume: {'; '.join(changed)}. Repeat the flags of the first call, or pass "
@@ -206,6 +219,12 @@ class RoundLog:
             raise UsageError(
                 f"--resume: {quoted(str(self._rounds))} is a link, which is not written through. "
                 f"{REMEDY}"
+            )
+        if len({record.training_rows, rows} - {None}) > 1:
+            raise UsageError(
+                f"--resume: the training rows are others than those of the simulation in "
+                f"{quoted(str(self.folder))}: as many, but with other texts, labels or tokens. "
+                "Restore the rows of the first call, or pass --overwrite instead to start over."
             )
         if not self._rounds.exists():
             return

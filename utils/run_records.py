@@ -146,16 +146,17 @@ class MetricsRecord(Record):
     files: Annotated[list[FileName], Field(max_length=100_000)] | None = None
 
 
-def read_run_record(path: Path, what: str) -> RunRecord:
+def read_run_record(path: Path, what: str, record: type[RecordType] = RunRecord) -> RecordType:
     """A run's args.json, whatever version wrote it.
 
     Args:
         path: of the file.
         what: on whose behalf it is read, for the message: a flag.
+        record: its type, where a file of that form says more.
     Raises:
         UsageError: there is none, it is damaged, or a newer version wrote it.
     """
-    return _read_versioned(path, RunRecord, what, "Restore the file, or make the run again.")
+    return _read_versioned(path, record, what, "Restore the file, or make the run again.")
 
 
 def read_metrics_record(path: Path, what: str) -> MetricsRecord:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def evaluate_run(wrapper: WrapperBase, training_seconds: float) -> Metrics:
             rows=len(calibration.labels),
             n_draws=wrapper.final_draws(),
             temperature=wrapper.fitted_temperature,
-            unseen=args.load_lora_path is None or args.adapter_dataset is not None,
+            unseen=_is_unseen(wrapper),
         )
     name, split = data_set_name(args.dataset), args.testing_set
     if split != "train_val":  # the others may name where anchors come from, too
@@ -101,7 +102,9 @@ def _calibrate(wrapper: WrapperBase) -> Calibration:
     """What sets and selective answers need, of held-out rows; their predictions are kept."""
     name = data_set_name(wrapper.args.dataset)
     predictions = wrapper.predict(wrapper.calibration_loader)
-    _write_predictions(wrapper, predictions, name, CALIBRATION, predictions_file(CALIBRATION))
+    unseen = {"unseen": "true" if _is_unseen(wrapper) else "false"}  # metadata holds text alone
+    file = predictions_file(CALIBRATION)
+    _write_predictions(wrapper, predictions, name, CALIBRATION, file, unseen)
     if wrapper.fitted_temperature is not None:
         scaled = scale(predictions.log_probs, wrapper.fitted_temperature).float()
         predictions = Predictions(scaled, *predictions[1:], predictions.num_draws)
@@ -110,6 +113,12 @@ def _calibrate(wrapper: WrapperBase) -> Calibration:
         kept = np.sort(np.random.default_rng(0).permutation(len(calibration.labels))[:MOST_ROWS])
         calibration = Calibration(*(values[kept] for values in calibration))
     return calibration
+
+
+def _is_unseen(wrapper: WrapperBase) -> bool:
+    """Whether it is known that the adapter was not trained on the calibration rows."""
+    args = wrapper.args
+    return args.load_lora_path is None or args.adapter_dataset is not None
 
 
 def _fit_temperature(wrapper: WrapperBase) -> float:
@@ -190,7 +199,12 @@ def _counts(predictions: Predictions) -> dict[str, Any]:
 
 
 def _write_predictions(
-    wrapper: WrapperBase, predictions: Predictions, dataset: str, split: str, file: str
+    wrapper: WrapperBase,
+    predictions: Predictions,
+    dataset: str,
+    split: str,
+    file: str,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     if wrapper.run_folder is None or not wrapper.accelerator.is_main_process:
         return
@@ -203,6 +217,7 @@ def _write_predictions(
             "seed": str(wrapper.args.seed),
             "modelwrapper": wrapper.args.modelwrapper,
             "draws": getattr(wrapper, "draws_kind", "independent"),
+            **more,
         },
     )
 
