@@ -282,9 +282,7 @@ def test_two_processes_cannot_write_one_simulation(finished, task, tmp_path):
         active_learning.RoundLog(out, simulation.plan, active_learning.MADE) for _ in range(2)
     )
     first.open(simulation.all_args, {})
-    with pytest.raises(
-        UsageError, match=r"another process is writing it \(.*choose another"
-    ):
+    with pytest.raises(UsageError, match=r"another process is writing it \(.*choose another"):
         second.open(simulation.all_args, {})
     first.close()
     second.open(simulation.all_args, {})
