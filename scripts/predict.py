@@ -197,7 +197,7 @@ def examples_of(
             continue
         as_dict = {reader.text_column or "text": row} if isinstance(row, str) else row
         if problem is None:
-            problem = unwritable(as_dict, where)
+            problem = unwritable(as_dict, where, args.out_format)
         if problem is not None:
             as_dict = {}
         else:
@@ -316,12 +316,20 @@ class Job:
             logger.info(line)
 
 
-def unwritable(row: dict[str, Any], where: str) -> str | None:
-    """Why a row cannot be part of the output, if so."""
+def unwritable(row: dict[str, Any], where: str, form: str) -> str | None:
+    """Why a row cannot be part of the output, in one of the formats `OUT`, if so."""
+    from utils.row_output import flat
+
     try:
-        json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False).encode()
+        row = _jsonable(row)
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
         return f"{where}: the row cannot be written out again ({described(error)})."
+    if form == "csv" and any("\0" in str(cell) for pair in flat(row).items() for cell in pair):
+        return (
+            f"{where}: the row holds a NUL character, which no CSV can hold; remove it, or write "
+            "another --out-format, such as jsonl."
+        )
     return None
 
 

@@ -415,6 +415,33 @@ def test_a_tensor_of_an_unknown_variant_is_refused(bert, call, tmp_path):
         build(call(bert, tmp_path / "adapter"))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["lora", "saved"],
+)
+def test_an_adapter_that_tied_layers_share_is_refused_by_that_name(
+    settings, tied_llama, call, tmp_path
+):
+    make(tied_llama, tmp_path / "shared", ensure_weight_tying=True, **settings)
+    with pytest.raises(UsageError, match=r'"ensure_weight_tying": true.*Train it without'):
+        build(call(tied_llama, tmp_path / "shared"))
+
+
+def test_tying_that_is_asked_for_counts_only_for_layers_that_are_tied(
+    tiny_llama, tied_llama, call, tmp_path
+):
+    for base, targets in ((tied_llama, ["q_proj"]), (tiny_llama, ["q_proj", "embed_tokens"])):
+        folder = tmp_path / targets[-1]
+        peft = make(base, folder, ensure_weight_tying=True, target_modules=targets)
+        wrapper, batch = loaded(call(base, folder))
+        expected = logits_of(wrapper, peft, batch)
+        torch.testing.assert_close(logits_of(wrapper, wrapper, batch), expected)
+
+
 @pytest.mark.parametrize("extended", [False, True])
 def test_changed_weights_of_the_base_model_are_not_dropped_in_silence(
     tiny_llama, extended, call, tmp_path

@@ -130,6 +130,32 @@ def test_a_line_end_inside_of_a_cell_ends_no_row_of_a_csv(posterior, tmp_path):
     assert not (tmp_path / "out.csv").read_bytes().endswith(b"\r\n")
 
 
+@pytest.mark.parametrize(
+    ("row", "is_bad"),
+    [
+        ({"text": "a\0bank"}, True),
+        ({"text": "bank", "no\0te": "x"}, True),
+        ({"text": "bank", "notes": ["a\0b"]}, False),  # a list is JSON in its cell: an escape
+    ],
+)
+def test_a_nul_never_gets_into_a_csv(row, is_bad, posterior, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "bank"}, row])
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.csv"
+    assert call(posterior, rows, out) == (2 if is_bad else 0)
+    if is_bad:
+        told = capsys.readouterr().err
+        assert "rows.jsonl:2: the row holds a NUL character" in told and "--out-format" in told
+        assert not out.exists()
+        assert call(posterior, rows, out, "--skip-bad-rows") == 0
+    assert b"\0" not in out.read_bytes()
+    _, (_, found) = read_rows(out, "--rows")
+    assert ("NUL character" in found.get("error", "")) == is_bad
+    assert bool(found["answer"]) != is_bad
+    # the other formats hold it as it is
+    assert call(posterior, rows, tmp_path / "out.jsonl") == 0
+    assert read(tmp_path / "out.jsonl")[1]["input"] == row
+
+
 def test_labels_are_scored_and_rows_without_one_are_not(posterior, tmp_path, capsys):
     rows = topic_rows(37, seed=1)
     for row in rows[5:20]:

@@ -22,7 +22,8 @@ Pattern = Annotated[str, Field(min_length=1, max_length=10_000)]
 # Initialisations that leave the base model's weights alone; the others come with changed ones.
 _PLAIN_INITS = ("gaussian", "orthogonal", "eva")
 # Keys that change nothing about a loaded adapter: notes, settings of the initialisation, and PEFT's
-# names of classes and packages, which it would import.
+# names of classes and packages, which it would import. Tying counts where a base model ties what
+# the adapter has: `ties_weights`.
 _WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -100,6 +101,16 @@ def read_adapter_config(folder: Path, what: str) -> LoraConfig:
         return LoraConfig(**{key: value for key, value in values.items() if key != "peft_type"})
     except (ValueError, TypeError) as error:  # PEFT's own rules on what goes together
         raise UsageError(f"{where}: {error}") from None
+
+
+def ties_weights(folder: Path, what: str) -> bool:
+    """Whether the adapter in `folder` shares its layers where the base model ties weights.
+
+    Raises:
+        UsageError: there is no adapter_config.json, or it does not hold JSON.
+    """
+    content = read_json(folder / CONFIG_FILE, what)
+    return isinstance(content, dict) and bool(content.get("ensure_weight_tying"))
 
 
 def _check_unknown(content: dict[str, Any], where: str) -> None:

@@ -14,8 +14,9 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from modelwrappers.engine.adapter_config import ties_weights
 from modelwrappers.engine.posterior import ADAPTER_FILE
-from utils.adapter_base import RECORD_FILE
+from utils.adapter_base import CONFIG_FILE, RECORD_FILE
 from utils.errors import UsageError, quoted
 from utils.logging import logger
 from utils.records import check_tensor, read_tensors
@@ -44,8 +45,12 @@ def load_weights(wrapper: WrapperBase, folder: Path, adapter_name: str) -> None:
     )
     frozen = _frozen_layers(wrapper, tensors, expected, folder, adapter_name)
     tensors = {k: v for k, v in expected.items() if _layer_of(k) in frozen} | tensors
-    check_adapter_tensors(tensors, expected, folder, wrapper.args.model)
-    _check_rest(wrapper, tensors, expected, folder)
+    try:
+        check_adapter_tensors(tensors, expected, folder, wrapper.args.model)
+        _check_rest(wrapper, tensors, expected, folder)
+    except UsageError:
+        _check_tying(wrapper, folder)
+        raise
     wrapper.load_state_dict({key: tensors[key] for key in head}, strict=False)
     adapter = {key: tensors[key] for key in expected.keys() - head.keys()}
     set_peft_model_state_dict(wrapper, adapter, adapter_name=adapter_name)
@@ -175,6 +180,22 @@ def _check_rest(
                 f"{tuple(own[key].shape)}): it was trained on another model, or with a vocabulary "
                 "that was extended. Pass as --model the one that it was trained on."
             )
+
+
+def _check_tying(wrapper: WrapperBase, folder: Path) -> None:
+    """What does not fit may be an adapter that tied layers of the base model share.
+
+    Raises:
+        UsageError: it is one.
+    """
+    tied = getattr(wrapper.base_model.model.config, "tie_word_embeddings", False)
+    if tied and ties_weights(folder, "--load-lora-path"):
+        raise UsageError(
+            f'--load-lora-path: {folder / CONFIG_FILE} has "ensure_weight_tying": true, and '
+            f"{wrapper.args.model} ties its embedding and its output layer: an adapter that both "
+            "share is not supported here. Train it without ensure_weight_tying, or with neither "
+            "layer among target_modules and modules_to_save."
+        ) from None
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:
