@@ -32,6 +32,7 @@ large a difference has to be to be found.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -125,6 +126,25 @@ def mean_over_seeds(
     return value, *interval(value, resampled, of_seeds, 0.0, highest)
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What the interval of a difference is made of, at any level.
+
+    Attributes:
+        replicates: the difference on resampled examples, (R,).
+        seeds: its value on each common seed; without one, the values of each side.
+        floor: what it would be between calibrated models.
+    """
+
+    replicates: np.ndarray = field(repr=False, compare=False)
+    seeds: list[list[float]]
+    floor: float
+
+    def of_seeds(self, tails: ArrayLike = TAIL) -> np.ndarray:
+        """Half of the interval over seeds."""
+        return np.hypot.reduce([seed_deviation(side, tails) for side in self.seeds])
+
+
 class Difference(NamedTuple):
     """first - second with its interval.
 
@@ -134,6 +154,7 @@ class Difference(NamedTuple):
         p: the lowest level at which the interval excludes 0; NaN without resamples.
         p_holm: the same, corrected for the rows of the table.
         error: its standard error, over examples and seeds.
+        noise: what interval and p-value come from.
     """
 
     value: float
@@ -143,6 +164,12 @@ class Difference(NamedTuple):
     p: float = np.nan
     p_holm: float = np.nan
     error: float = np.nan
+    noise: Noise | None = None
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """All but the noise, as tables have them."""
+        return self[: self._fields.index("noise")]
 
     @property
     def significant(self) -> bool:
@@ -180,18 +207,16 @@ def paired_difference(
     else:
         paired = [list(side.values()) for side in values]
 
-    def of_seeds(tails: ArrayLike = TAIL) -> np.ndarray:
-        return np.hypot.reduce([seed_deviation(side, tails) for side in paired])
-
-    difference, floor, replicated = float(mean(values)), float(mean(floors)), mean(replicates)
-    low, high = interval(difference, replicated, of_seeds())
+    difference, noise = float(mean(values)), Noise(mean(replicates), paired, float(mean(floors)))
+    low, high = interval(difference, noise.replicates, noise.of_seeds())
     return Difference(
         difference,
-        low - max(floor, 0),
-        high - min(floor, 0),
+        low - max(noise.floor, 0),
+        high - min(noise.floor, 0),
         len(common),
-        p=p_value(difference, floor, replicated, of_seeds),
-        error=_standard_error(replicated, paired),
+        p=p_value(difference, noise.floor, noise.replicates, noise.of_seeds),
+        error=_standard_error(noise.replicates, paired),
+        noise=noise,
     )
 
 
@@ -202,6 +227,11 @@ def _standard_error(replicates: np.ndarray, of_seeds: Sequence[Sequence[float]])
         return np.nan
     spread = [np.var(side, ddof=1) / len(side) for side in of_seeds if len(side) > 1]
     return float((np.var(defined) + sum(spread)) ** 0.5)
+
+
+def lowest_p(resamples: int) -> float:
+    """What no p-value of so many resamples is below: 2 / (R + 1)."""
+    return 2 / (resamples + 1)
 
 
 def p_value(
@@ -228,7 +258,7 @@ def p_value(
     if ends[0] <= 0 <= ends[1]:
         return 1.0
     side = 0 if ends[0] > 0 else 1  # the end of the hull that is nearer to 0
-    lowest = min(2 / (number + 1), 2 * TAIL)
+    lowest = min(lowest_p(number), 2 * TAIL)
     levels = np.sort(np.append(np.geomspace(lowest, 1, 200), 2 * TAIL))
     widths = np.hypot(deviations(replicates, levels / 2)[side], of_seeds(levels / 2))
     excluding = levels[abs(ends[side]) > widths]

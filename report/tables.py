@@ -379,7 +379,7 @@ def comma_separated(report: Report) -> str:
         for row in family.rows:
             for key, cell in row.cells.items():
                 numbers = (cell.value, cell.low, cell.high, cell.spread, cell.floor or math.nan)
-                difference = cell.difference or (math.nan,) * 7
+                difference = cell.difference.numbers if cell.difference else (math.nan,) * 7
                 compared = (cell.mark, in_csv(family.baseline), *map(_exact, difference))
                 counted = len(row.results)
                 writer.writerow(_csv_line(report, family, row, key, numbers, compared, counted))

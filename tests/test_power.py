@@ -12,9 +12,9 @@ from scipy import stats
 from test_report import make_run
 
 from report.collect import Options, collect
-from report.power import detectable, holm_factor, power, power_note
+from report.power import detectable, half_widths, power, power_note
 from report.runs import find_runs
-from report.significance import holm, p_value, paired_difference
+from report.significance import Noise, holm, p_value, paired_difference
 from report.tables import comma_separated, markdown, terminal
 from utils.files import write_json
 
@@ -66,15 +66,53 @@ def test_by_holm_one_is_found_in_at_most_5_percent_of_the_families_where_none_di
     assert 0.03 < np.mean(found) < 0.065
 
 
-def test_power_is_how_often_a_true_difference_is_found():
-    rng = np.random.default_rng(2)
-    error, half = 0.03, 0.07
-    for delta in (0.0, 0.05, 0.1):
-        found = np.abs(rng.normal(delta, error, 100_000)) > half
-        assert power(delta, half, error) == pytest.approx(found.mean(), abs=0.005)
-    assert power(detectable(half, error), half, error) == pytest.approx(0.8, abs=1e-3)
-    assert power(0, stats.norm.isf(0.025), 1) == pytest.approx(0.05)
-    assert power(0, stats.norm.isf(0.025) * holm_factor(10), 1) == pytest.approx(0.005)
+NORMAL = stats.norm.ppf((np.arange(3000) + 0.5) / 3000)  # as replicates of standard error 1
+
+
+@pytest.mark.parametrize("rows", [1, 21])
+@pytest.mark.parametrize(
+    "examples, seeds, paired",
+    [(0.02, 0.005, True), (0.015, 0.01, True), (0.02, 0.02, True), (0.015, 0.02, False)],
+)
+def test_power_is_how_often_the_tables_test_finds_a_true_difference(examples, seeds, paired, rows):
+    """With 3 seeds; by one test, and at the first step of Holm's correction over 21 rows."""
+    rng, delta, trials = np.random.default_rng(2), 0.08, 400
+    names = (range(3), range(3) if paired else range(3, 6))
+    replicates = tuple(
+        dict.fromkeys(side, size * NORMAL) for side, size in zip(names, (examples, 0), strict=True)
+    )
+    zeros = tuple(dict.fromkeys(side, 0.0) for side in names)
+    found = 0
+    for _ in range(trials):
+        shared = rng.normal(delta, examples)  # all seeds have the same examples
+        first = {seed: shared + rng.normal(0, seeds) for seed in names[0]}
+        second = {seed: 0.0 if paired else rng.normal(0, seeds) for seed in names[1]}
+        found += paired_difference((first, second), replicates, zeros).p <= 0.05 / rows
+    sides = [[-seeds, 0.0, seeds]] * (1 if paired else 2)
+    noise = Noise(examples * NORMAL, sides, 0.0)
+    error = np.sqrt(examples**2 + len(sides) * seeds**2 / 3)
+    stated = power(delta, half_widths(noise, 0.05 / rows), error)
+    assert stated == pytest.approx(found / trials, abs=0.07)  # 2.8 standard errors at most
+
+
+def test_without_noise_of_examples_a_test_finds_what_is_not_there_as_often_as_its_level_says():
+    for level in (0.05, 0.01):
+        noise = Noise(np.zeros(1000), [[1.0, 2.0, 3.0]], 0.0)
+        assert power(0, half_widths(noise, level), 3**-0.5) == pytest.approx(level, rel=0.02)
+
+
+def test_without_noise_of_seeds_power_and_what_is_found_are_those_of_the_normal_test():
+    widths = half_widths(Noise(NORMAL, [[0.0]], 0.0))
+    assert widths == pytest.approx(stats.norm.isf(0.025), rel=2e-3)
+    assert detectable(widths, 1.0) == pytest.approx(1.96 + 0.8416, rel=2e-3)
+    assert power(detectable(widths, 1.0), widths, 1.0) == pytest.approx(0.8)
+
+
+def test_a_level_below_the_lowest_p_value_of_the_resamples_finds_nothing():
+    noise = Noise(NORMAL[::30], [[0.0]], 0.0)  # 100 of them: 2 / 101
+    assert power(50.0, half_widths(noise, 0.0199), 1.0) == pytest.approx(1)
+    assert power(50.0, half_widths(noise, 0.0197), 1.0) == 0
+    assert detectable(half_widths(noise, 0.0197), 1.0) == np.inf
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +139,35 @@ def test_what_a_table_says_of_its_power_grows_with_the_examples(reports):
         assert text in " ".join(markdown(report, MADE).replace("\n", " ").split())
     (few, few_holm), (many, many_holm) = shares
     assert few < many and few_holm < few and many_holm < many
+
+
+def with_rows(family, number):
+    """The family with so many rows besides its baseline, all like its second one."""
+    family = copy.copy(family)
+    family.rows = family.rows[:1] + family.rows[1:2] * number
+    return family
+
+
+def test_a_table_says_that_too_few_resamples_let_nothing_be_bold_and_how_many_it_takes(reports):
+    family = reports[1].families[0]  # 150 resamples: p is 2 / 151 or more, 0.0132
+    assert "Nothing can be bold" not in power_note(with_rows(family, 3))
+    assert "Nothing can be bold: no p-value of 150 resamples is below 0.013, and" in power_note(
+        with_rows(family, 4)
+    )
+    assert "It takes --bootstrap 160 or more." in power_note(with_rows(family, 4))
+    assert holm([2 / 161] * 4)[0] <= 0.05 < holm([2 / 151] * 4)[0]
+
+
+def test_a_table_says_that_with_few_seeds_and_many_rows_hardly_anything_becomes_bold(reports):
+    family = with_rows(copy.deepcopy(reports[1].families[0]), 3)
+    for row in family.rows[1:]:
+        cell = row.cells["ece"]
+        noise = Noise(cell.difference.noise.replicates, [[-0.1, 0.0, 0.1]], 0.0)
+        difference = cell.difference._replace(noise=noise, error=0.06)
+        row.cells["ece"] = cell._replace(difference=difference)
+    wider = stats.t.isf(0.025 / 3, 2) / stats.t.isf(0.025, 2)
+    said = f"with 3 seeds and 3 rows, Holm's first step counts the noise of seeds {wider:.1f} times"
+    assert said in power_note(family) and "More seeds or fewer rows" in power_note(family)
 
 
 def test_a_metric_in_which_no_row_differs_is_left_out_of_what_is_said_of_power(reports):
