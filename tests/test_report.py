@@ -686,9 +686,8 @@ def test_a_paired_difference_cancels_what_both_sides_share():
     first, second = hard + rng.normal(0, 0.1, 500), hard + 0.05 + rng.normal(0, 0.1, 500)
     values = {1: first.mean()}, {1: second.mean()}
     replicates = {1: replicates_of(first)}, {1: replicates_of(second)}
-    difference, low, high, common, p, _, error = paired_difference(
-        values, replicates, ({1: 0}, {1: 0})
-    )
+    found = paired_difference(values, replicates, ({1: 0}, {1: 0}))
+    difference, low, high, common, p, _, error = found.numbers
     assert common == 1
     half = norm.ppf(0.975) * (first - second).std() / 500**0.5
     assert (low, high) == pytest.approx((difference - half, difference + half), abs=0.002)
