@@ -136,7 +136,12 @@ def _obstacle(found: list[Difference], rows: int, first_step: float) -> str:
     fewest = min((len(s) for d in found for s in d.noise.seeds if len(s) > 1), default=0)
     if first_step >= 0.5 or not fewest or rows < 2:
         return ""
-    wider = t.isf(TAIL / rows, fewest - 1) / t.isf(TAIL, fewest - 1)
+    tail = TAIL / rows
+    of_examples = [np.ptp(deviations(d.noise.replicates, tail)) / 2 for d in found]
+    of_seeds = [d.noise.of_seeds(tail) for d in found]
+    if np.median(of_seeds) < np.median(of_examples):
+        return ""  # too few examples are to blame
+    wider = t.isf(tail, fewest - 1) / t.isf(TAIL, fewest - 1)
     return (
         f"Hardly anything can become bold: with {fewest} seeds and {rows} rows, Holm's first step "
         f"counts the noise of seeds {wider:.1f} times as much as one test does. More seeds or "
