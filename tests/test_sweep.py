@@ -233,6 +233,22 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(flags, tmp_path, monkeypa
     assert "lr=1e3: seed 1: RunError" in (out / "sweep.md").read_text(encoding="utf-8")
 
 
+def test_an_adapter_of_another_data_set_is_ranked_on_the_rows_of_the_sweeps_own(
+    flags, tmp_path, launched
+):
+    first = [*flags, "--output-dir", str(tmp_path / "first"), "--log-path", "map", "--checkpoint"]
+    assert main.run([*first, "--testing-set", "train_val"]) == 0
+    (folder,) = {file.parent for file in tmp_path.glob("first/**/metrics.json")}
+    place = flags.index("--data-dir")
+    words = [*flags[:2], *flags[place : place + 2], "--dataset", "bbc_bodies"]
+    words += ["--modelwrapper", "mcdropout", "--load-lora-path", str(folder), "--nowand"]
+    words += ["--device", "cpu", "--held-out-fraction", "0.5", "--bayes-eval-n-samples-final", "2"]
+    out = tmp_path / "out"
+    assert sweep.run(["--out", str(out), "--grid", "lora-dropout=0.1,0.3", "--", *words]) == 0
+    assert [record["failed"] for record in records(out)] == ["", ""]
+    assert {told["dataset"] for told, *_ in predictions(out)} == {"bbc_bodies"}
+
+
 def test_a_sweep_of_which_nothing_is_left_fails(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "launch", lambda words: sweep.Ended(-signal.SIGKILL, ""))
     out = tmp_path / "out"
