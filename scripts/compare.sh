@@ -73,7 +73,7 @@ DRAWN=(--flipout-eval none) # a draw is one set of weights, so that the prompts'
 LAPLACE=(--laplace-curvature reduce --laplace-refit)
 RATES="lr=5e-4,1e-3,2e-3,4e-3"
 PRECISIONS="laplace-prior-precision=1,10,100,1000"
-TOLERANCES="th=0.01,0.03,0.1,0.3" # 0.003 is met by no sigma_q on these adapters (docs/log.md)
+TOLERANCES="th=0.01,0.03,0.1,0.3" # 0.003: by no sigma_q on the adapters in docs/log.md
 
 wanted() { [[ " $ROWS " == *" $1 "* ]]; }
 
