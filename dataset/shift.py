@@ -10,7 +10,9 @@ Calibration under a shift whose strength grows is the question of Ovadia et al. 
 
 The errors of a text depend on nothing but that text: the random numbers are those of its SHA-256,
 the same at all strengths, and an error happens where its number is below the rate. So a row has the
-same errors wherever it stands, and those of a weaker shift are among those of a stronger one.
+same errors wherever it stands, and those of a weaker shift are among those of a stronger one but
+for a few swaps: a word is swapped once, so a stronger shift that swaps words i - 1 and i leaves out
+the swap of i and i + 1.
 
 What stays: labels, answers and the words around a text in a prompt; white space between words that
 stay; whatever is no letter (a word without any letter is neither dropped nor swapped, so that no

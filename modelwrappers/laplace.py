@@ -470,7 +470,8 @@ class Laplace(LaplaceFit, WrapperBase):
                 f"({shown_precision(self.posterior.prior_precision)}); fit it again on the adapter."
             )
         self.posterior.prior_precision = wanted
-        self.description["prior_precision"] = wanted
+        self.description |= {"prior_precision": wanted, "prior_precision_by": "number"}
+        self.description["log_marginal_likelihood"] = None  # that of the fitted precision
 
 
 def _settle_curvature(args) -> None:

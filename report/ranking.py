@@ -34,6 +34,7 @@ from report.runs import Unusable, read_run
 from report.significance import Difference, paired_difference, resample, seed_of_examples
 from report.tables import aligned, bracket, number, signed
 from utils.errors import UsageError, quoted
+from utils.run_paths import predictions_file
 from utils.run_records import METRICS_FILE, read_metrics_record
 
 SCORES = ("nll", "ece", "acc", "brier")
@@ -89,7 +90,7 @@ class Ranked(NamedTuple):
 
 
 def score_run(folder: Path, by: str, num_bins: int = 15, resamples: int = 1000) -> Scored:
-    """What a finished run is worth on its own data set's evaluated rows.
+    """What a finished run is worth on the evaluated rows of its --dataset.
 
     Args:
         folder: of the run.
@@ -101,7 +102,9 @@ def score_run(folder: Path, by: str, num_bins: int = 15, resamples: int = 1000) 
     """
     try:
         run = read_run(folder)
-        evaluation = next(e for e in run.evaluations if e.dataset == run.dataset)
+        # not by `run.dataset`: that is what a loaded adapter was trained on
+        own = folder / predictions_file()
+        evaluation = next(e for e in run.evaluations if e.file == own)
         predictions = read_predictions(evaluation)
     except Unusable as error:
         raise UsageError(

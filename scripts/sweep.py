@@ -5,9 +5,11 @@
 
 Every candidate and seed is a run of main.py in a process of its own, which is evaluated on the
 held-out part of its training set (--testing-set train_val): the test rows are never looked at. A
-finished run is skipped, an interrupted one resumed, a failed one recorded. The end is a ranking in
-FOLDER/sweep.md and sweep.csv, and FOLDER/best.json; `--best FOLDER --grid ...` prints the best
-candidate's flags, one a line.
+finished run is skipped, an interrupted one resumed, a failed one recorded. Where the machine ends a
+run (a signal, a full disk), or another run writes to its folder, the sweep stops and nothing is
+ranked: that says nothing about the candidate. The end is a ranking in FOLDER/sweep.md and
+sweep.csv, and FOLDER/best.json; `--best FOLDER --grid ...` prints the best candidate's
+flags, one a line.
 """
 
 from __future__ import annotations
@@ -64,6 +66,12 @@ NOT_TAKEN = {
 }
 # Where one of these differs, other rows are held out or scored.
 SAME_ROWS = ("dataset", *SPLIT_FLAGS, "label_column", "limit_eval")
+# How messages begin that are about the machine or another run, not about the candidate: those of
+# `RunFolder`, `utils.files`, `RunHistory` and `utils.program`.
+NOT_ITS_OWN = re.compile(
+    r"UsageError: (another run is writing to|the output folder .* cannot be written)"
+    r"|RunError: (cannot write|the disk is full)"
+)
 
 
 class Run(NamedTuple):
@@ -326,6 +334,9 @@ def run_all(runs: list[Run]) -> dict[str, str]:
 
     Returns:
         candidate -> why it has failed, of the first seed in which it did.
+    Raises:
+        RunError: a run ended by a signal, for want of disk space or because another run writes to
+            its folder, so that the candidates left would be compared without it.
     """
     failed: dict[str, str] = {}
     for place, run in enumerate(runs, start=1):
@@ -339,6 +350,12 @@ def run_all(runs: list[Run]) -> dict[str, str]:
             raise KeyboardInterrupt
         if ended.code != 0 or run.state != "finished":
             reason = reason_of(ended)
+            if ended.code < 0 or NOT_ITS_OWN.search(reason):
+                raise RunError(
+                    f"{about}: {reason}. The sweep has stopped, and nothing is ranked: this says "
+                    "nothing about the candidate. Remove the cause and run the same command with "
+                    "--resume; drop the candidate if it needs more memory than there is."
+                )
             logger.error("%s: failed (exit code %d): %s", about, ended.code, reason)
             failed.setdefault(run.candidate.name, f"seed {run.seed}: {reason}")
     return failed
@@ -352,7 +369,7 @@ def main(argv: list[str]) -> None:
 
     Raises:
         UsageError: a wrong call; nothing was run.
-        RunError: no candidate has come to its end, or the disk is full.
+        RunError: no candidate has come to its end, one was ended from outside, or the disk is full.
     """
     args, words = parse_args(argv)
     candidates = candidates_of(args)

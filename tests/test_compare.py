@@ -133,6 +133,20 @@ def test_shifted_sets_can_have_fewer_rows_than_the_tasks_own(classifier_flags):
         assert len(dataset.ood_datasets["bbc_bodies"].test_rows) == number
 
 
+def test_the_tasks_own_rows_with_errors_are_those_without_whatever_the_limit_of_others(
+    classifier_flags,
+):
+    name = "bbc_headlines:noisy:3"
+    flags = [*classifier_flags, "--modelwrapper", "mle", "--limit-eval", "12", "--limit-ood", "5"]
+    dataset = build_dataset(
+        main.parse_args([*flags, "--ood-datasets", name]), Accelerator(cpu=True)
+    )
+    (noisy,) = dataset.ood_datasets.values()
+    rows, noisy_rows = dataset.test_rows, noisy.test_rows
+    assert [row["index"] for row in noisy_rows] == [row["index"] for row in rows]
+    assert len(rows) == 12
+
+
 def test_a_limit_of_shifted_rows_without_a_shifted_set_is_refused(classifier_flags):
     with pytest.raises(UsageError, match="--limit-ood 5 is about --ood-datasets"):
         flags = [*classifier_flags, "--modelwrapper", "mle", "--n-epochs", "1", "--limit-ood", "5"]

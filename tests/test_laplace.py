@@ -634,6 +634,13 @@ def test_a_loaded_posterior_is_saved_as_it_is_and_takes_another_prior(causal_fla
     posterior = load_posterior(run_folder(again), device="cpu")
     assert posterior.hessian == "diag"
     assert posterior.posterior.prior_precision.item() == 123
+    records = [
+        json.loads((run_folder(made) / "bayes_config.json").read_text())["laplace"]
+        for made in (flags, again)
+    ]
+    assert [record["prior_precision_by"] for record in records] == ["evidence", "number"]
+    assert isinstance(records[0]["log_marginal_likelihood"], float)
+    assert records[1]["log_marginal_likelihood"] is None, "it was that of the other precision"
 
 
 def test_an_adapter_that_has_diverged_is_an_error(causal_flags):

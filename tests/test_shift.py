@@ -57,7 +57,7 @@ def test_a_stronger_shift_is_further_from_the_text():
 
 
 def test_every_error_of_a_weaker_shift_is_one_of_a_stronger():
-    """Without dropped and swapped words, which move what stands behind them."""
+    """Letters, in a text of one word: of swaps there are exceptions, as `dataset.shift` says."""
     for text in ("internationalisation", "telecommunications", "Counterrevolutionary"):
         wrong = [
             {i for i, letter in enumerate(text) if letter not in noisy_text(text, k)}

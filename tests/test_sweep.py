@@ -21,6 +21,7 @@ from report.ranking import TIED, Scored, rank
 from scripts import sweep
 from utils import candidates
 from utils.errors import UsageError
+from utils.run_folder import RunFolder
 
 GRID = ["--grid", "lr=1e-2,1e-5", "--seeds", "1", "2"]
 
@@ -233,11 +234,75 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(flags, tmp_path, monkeypa
     assert "lr=1e3: seed 1: RunError" in (out / "sweep.md").read_text(encoding="utf-8")
 
 
+def test_an_adapter_of_another_data_set_is_ranked_on_the_rows_of_the_sweeps_own(
+    flags, tmp_path, launched
+):
+    first = [*flags, "--output-dir", str(tmp_path / "first"), "--log-path", "map", "--checkpoint"]
+    assert main.run([*first, "--testing-set", "train_val"]) == 0
+    (folder,) = {file.parent for file in tmp_path.glob("first/**/metrics.json")}
+    place = flags.index("--data-dir")
+    words = [*flags[:2], *flags[place : place + 2], "--dataset", "bbc_bodies"]
+    words += ["--modelwrapper", "mcdropout", "--load-lora-path", str(folder), "--nowand"]
+    words += ["--device", "cpu", "--held-out-fraction", "0.5", "--bayes-eval-n-samples-final", "2"]
+    out = tmp_path / "out"
+    assert sweep.run(["--out", str(out), "--grid", "lora-dropout=0.1,0.3", "--", *words]) == 0
+    assert [record["failed"] for record in records(out)] == ["", ""]
+    assert {told["dataset"] for told, *_ in predictions(out)} == {"bbc_bodies"}
+
+
 def test_a_sweep_of_which_nothing_is_left_fails(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "launch", lambda words: sweep.Ended(-signal.SIGKILL, ""))
+    ended = sweep.Ended(1, "RunError: the loss is NaN")
+    monkeypatch.setattr(sweep, "launch", lambda words: ended)
     out = tmp_path / "out"
     assert sweep.run(["--out", str(out), "--grid", "lr=1e-2", "--", *flags]) == 1
     assert not (out / "best.json").exists()
+
+
+def held(words: list[str]) -> sweep.Ended:
+    """A run whose folder another one writes to."""
+    live = RunFolder(sweep.run_folder_path(main.parse_args(words)))
+    live.path.mkdir(parents=True)
+    live._take_lock()
+    try:
+        return in_process(words)
+    finally:
+        live.close()
+
+
+def without_space(words: list[str]) -> sweep.Ended:
+    """A run on a disk that is full."""
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        return in_process(words)
+
+
+def killed(words: list[str]) -> sweep.Ended:
+    return sweep.Ended(-signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize("trouble", [held, without_space, killed])
+def test_a_run_that_was_ended_from_outside_stops_the_sweep_unranked(
+    trouble, flags, tmp_path, monkeypatch, capsys
+):
+    def in_trouble(words):
+        if "--lr=1e-5" in words:
+            ended = trouble(words)
+            return ended._replace(told=capsys.readouterr().err)  # what the run has said itself
+        return in_process(words)
+
+    out = tmp_path / "out"
+    call = ["--out", str(out), "--grid", "lr=1e-2,1e-5,1e-3"]
+    monkeypatch.setattr(sweep, "launch", in_trouble)
+    assert sweep.run([*call, "--", *flags]) == 1
+    assert "nothing is ranked" in capsys.readouterr().err
+    assert not any((out / name).exists() for name in sweep.MADE)
+    monkeypatch.setattr(sweep, "launch", in_process)
+    assert sweep.run([*call, "--resume", "--", *flags]) == 0
+    assert len(records(out)) == 3 and not any(record["failed"] for record in records(out))
 
 
 REFUSED = {

@@ -342,7 +342,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--limit-ood",
         type=count,
-        help="first rows only of each of --ood-datasets (default: as --limit-eval)",
+        help="first rows only of data sets other than the run's own (default: as --limit-eval)",
     )
     add_switch(
         data,
