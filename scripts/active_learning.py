@@ -43,18 +43,15 @@ from utils.data_set_names import data_set_name
 from utils.errors import UsageError, quoted
 from utils.files import write_atomically
 from utils.flags import spelling
-from utils.interrupts import interrupts
 from utils.logging import (
     logger,
     name_process,
     notice_once,
     quiet_libraries,
-    setup_logging,
     writable,
 )
 from utils.parser import folded, meant_flag
-from utils.processes import process_number
-from utils.program import run_program
+from utils.program import run_script
 from utils.round_log import Plan, Round, RoundLog, Split
 from utils.row_output import check_place
 from utils.run_records import stored_flags
@@ -418,11 +415,8 @@ def write(base: Args, log: RoundLog, out: Path, made: dict[str, Any]) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
-    setup_logging(is_main_process=process_number() == 0)
-    argv = sys.argv[1:] if argv is None else argv
     told = "Interrupted; run the same command with --resume to go on."
-    with interrupts.handled():
-        return run_program(lambda: main(argv), told)
+    return run_script(main, argv, told)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,9 @@ from decisions.conformal import SCORES
 from decisions.selective import SCORES as CONFIDENCES
 from utils.args import Args, Parser, add_switch, count, positive_int, seed, share
 from utils.errors import UsageError, described, quoted
-from utils.interrupts import interrupts
-from utils.logging import logger, quiet_libraries, setup_logging
-from utils.processes import on_main_process, process_number
-from utils.program import run_program
+from utils.logging import logger, quiet_libraries
+from utils.processes import on_main_process
+from utils.program import run_script
 
 if TYPE_CHECKING:
     from modelwrappers.engine.prediction import Predictions
@@ -487,11 +486,8 @@ def digest_of(path: Path) -> str:
 
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
-    setup_logging(process_number() == 0, terminal=sys.stderr)
-    argv = sys.argv[1:] if argv is None else argv
     told = "Interrupted; with --out FILE, --resume goes on (not with batchbald)."
-    with interrupts.handled():
-        return run_program(lambda: main(argv), told)
+    return run_script(main, argv, told, sys.stderr)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,9 @@ from utils.candidates import Candidate, candidates_of, flags_of
 from utils.errors import RunError, UsageError, printable, quoted
 from utils.files import sweep_temporaries, write_atomically, write_json
 from utils.flags import spelling
-from utils.interrupts import interrupts
-from utils.logging import logger, setup_logging, writable
+from utils.logging import logger, writable
 from utils.parser import folded
-from utils.program import run_program
+from utils.program import run_script
 from utils.records import Count, Name, Record, read_record
 from utils.row_output import check_place
 from utils.run_paths import run_folder_path
@@ -471,11 +470,8 @@ def tell(ranked: list[Ranked], args: Args, num_rows: int, out: Path) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     """`main` for the command line: messages without a traceback, and an exit code."""
-    setup_logging(is_main_process=True)
-    argv = sys.argv[1:] if argv is None else argv
     told = "Interrupted; run the same command with --resume to go on."
-    with interrupts.handled():
-        return run_program(lambda: main(argv), told)
+    return run_script(main, argv, told)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from report.ranking import TIED, Scored, rank
 from scripts import sweep
 from utils import candidates
 from utils.errors import UsageError
+from utils.interrupts import interrupts
 from utils.run_folder import RunFolder
 
 GRID = ["--grid", "lr=1e-2,1e-5", "--seeds", "1", "2"]
@@ -411,7 +412,7 @@ def test_a_signal_reaches_the_run_once_and_is_waited_for(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt), sweep.interrupts.handled():
+    with pytest.raises(KeyboardInterrupt), interrupts.handled():
         sweep.launch([])
     assert saved.read_text() == "state"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 from utils.errors import RunError, UsageError, one_line
-from utils.interrupts import Interrupted
-from utils.logging import logger
+from utils.interrupts import Interrupted, interrupts
+from utils.logging import logger, setup_logging
 from utils.processes import is_left_alone, is_told_elsewhere, process_number
 
 
@@ -44,6 +44,26 @@ def run_program(main: Callable[[], Any], interrupted: str | None = None) -> int:
             logger.error("%s", interrupted or (error if is_told else "Interrupted."))
         return error.exit_code if is_told else 130
     return 0
+
+
+def run_script(
+    main: Callable[[Sequence[str]], Any],
+    argv: Sequence[str] | None,
+    interrupted: str,
+    terminal: TextIO | None = None,
+) -> int:
+    """`run_program` for a script of its own, with messages and signals set up.
+
+    Args:
+        main: the script, of its command line.
+        argv: that command line; None: the process's.
+        interrupted: as in `run_program`.
+        terminal: where messages below errors go; None: standard output.
+    """
+    setup_logging(process_number() == 0, terminal=terminal)
+    words = sys.argv[1:] if argv is None else argv
+    with interrupts.handled():
+        return run_program(lambda: main(words), interrupted)
 
 
 def _tell(message: str) -> None:
