@@ -3,7 +3,7 @@
 # MODEL=minilm-l6. Trained on BBC headlines, evaluated on 500 other headlines and on shifted rows: the
 # bodies of the test articles, and the same headlines with errors of several strengths. Ends with the report.
 #
-# The protocol, the same for every row:
+# The protocol (docs/published-experiments.md says where it is not the same for every row):
 #   - A third of the training rows (HELD_OUT) is trained on by no run. Each method has four candidates of
 #     its hyper-parameters; the one with the lowest NLL on these rows, seed 1, is taken (scripts/sweep.py).
 #     The members of the ensemble are MLE runs, so MLE's search is its search.
