@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests: sets itself up, checks style, runs the default tier (CPU, offline, under six minutes).
+# The tests: sets itself up, checks style, runs the default tier (CPU, offline, about six minutes).
 #   bash scripts/test.sh              # default tier
 #   bash scripts/test.sh -m slow      # embedded real models, minutes; -m gpu: needs CUDA
 #   bash scripts/test.sh -k resume    # anything that pytest takes
